@@ -1,0 +1,41 @@
+# make demo: train, evaluate and sample a small model on bundled data.  make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint venv clean
+
+demo: $(VENV)/.runtime
+	rm -rf out/demo
+	$(RUN) prepare.py --source=sample --data_dir=data/demo
+	$(RUN) train.py config/demo.py
+	$(RUN) eval_ppl.py --run=out/demo
+	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0
+	@echo
+	@echo "data         data/demo/          train.bin, val.bin, masks, meta.json"
+	@echo "checkpoints  out/demo/step_*/    out/demo/latest and out/demo/best name two of them"
+	@echo "metrics      out/demo/metrics.jsonl, out/demo/eval_ppl.json"
+	@echo "samples      out/demo/generations.txt"
+	@echo "talk to it   $(RUN) sample.py --run=out/demo --chat=True"
+
+test: $(VENV)/.development lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.development
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+venv: $(VENV)/.runtime
+
+$(VENV)/.runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanosynth needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.development: requirements-dev.txt $(VENV)/.runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out/demo data/demo

@@ -1,0 +1,27 @@
+# "1B": 760,372,224 parameters. One epoch of OpenHermes-2.5, 65,536 tokens a step on any number of GPUs
+# that divides 8.
+data_dir = "data/openhermes"
+out_dir = "out/1b"
+
+n_layer = 24
+n_head = 24
+n_embd = 1536
+block_size = 2048
+bias = True
+
+micro_batch_size = 4
+gradient_accumulation_steps = 8
+epochs = 1.0
+dropout = 0.0  # every token is seen once, so there is nothing to memorise
+
+learning_rate = 2e-4
+min_learning_rate = 2e-5
+warmup_steps = 1000
+weight_decay = 0.01
+
+dtype = "float16"
+gradient_checkpointing = False  # True takes less memory for about a third more time
+
+eval_interval = 1000
+save_interval = 5000
+keep_last = 3

@@ -1,0 +1,193 @@
+"""GPT-2: the model, its key-value cache, and the counts that throughput figures stand on.
+
+Learned positions, pre-norm LayerNorm, tanh-approximated GELU, tied embedding; state-dict names as
+in nanoGPT, so weights move to and from it and Hugging Face's GPT2LMHeadModel. Imports torch only.
+
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary, L layers,
+S cached time, N scored positions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int  # the longest context, in tokens
+    vocab_size: int
+    dropout: float = 0.0
+    bias: bool = True  # in every Linear and LayerNorm, as GPT-2 has it
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one row a sequence, rows of any lengths.
+
+    A chunk of T tokens is written behind each row's `lengths`. Rows shorter than the chunk are padded
+    on the right: what stands past a row's length is never attended to and is overwritten later.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_tokens: int, like: Tensor):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, max_tokens, config.n_head, head_size)
+        self.keys = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
+        self.end = 0  # the longest row's length, on the host
+
+    def place(self, n_tokens: int) -> Tensor:
+        """Positions (B, T) of the next chunk of `n_tokens`, which must fit."""
+        assert self.end + n_tokens <= self.keys.shape[2], "the cache is full"
+        self._positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
+        self._end = self.end + n_tokens
+        keys = torch.arange(self._end, device=self.lengths.device)
+        self._mask = (keys <= self._positions[:, :, None])[:, None]  # (B, 1, T, S)
+        return self._positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v at the placed positions, then attend with q; all (B, H, T, D)."""
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        self.keys[layer, rows, self._positions] = k.transpose(1, 2)
+        self.values[layer, rows, self._positions] = v.transpose(1, 2)
+        keys = self.keys[layer, :, : self._end].transpose(1, 2)  # (B, H, S, D)
+        values = self.values[layer, :, : self._end].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask)
+
+    def advance(self, n_tokens: Tensor) -> None:
+        """Count `n_tokens` (B,) of the placed chunk as seen: the rest of it was padding."""
+        self.lengths += n_tokens
+        self.end = int(self.lengths.max())
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.layer = layer
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            y = cache.attend(self.layer, q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0
+        self.config = config
+        self.gradient_checkpointing = False
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's initialisation: 0.02, and residual projections scaled by 1/sqrt(2L) (paper, 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        logit_index: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Cross entropy in nats (N,), float32, one for each target; without targets, logits (N, V).
+
+        ids (B, T). `logit_index` (N,) picks positions of the flattened (B*T) to score, so the
+        vocabulary's matrix product is paid where it counts alone; None scores all, N = B*T.
+        """
+        B, T = ids.shape
+        assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
+        positions = torch.arange(T, device=ids.device) if cache is None else cache.place(T)
+        x = self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(positions))
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        x = self.transformer.ln_f(x).view(B * T, -1)  # (B, T, C) -> (B*T, C)
+        if logit_index is not None:
+            x = x[logit_index]  # (N, C)
+        logits = self.lm_head(x)  # (N, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def n_parameters(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, n_tokens: int, n_scored: int) -> int:
+        """Of forward and backward over `n_tokens` in full rows with logits at `n_scored` of them.
+
+        6 for each weight of a matrix product and token, and attention uncut by causality (PaLM,
+        appendix B): with n_scored = n_tokens the convention of nanoGPT and most published figures.
+        """
+        c = self.config
+        head = c.vocab_size * c.n_embd
+        body = self.n_parameters() - head - self.transformer.wpe.weight.numel()
+        attention = 12 * c.n_layer * c.n_embd * c.block_size
+        return n_tokens * (6 * body + attention) + n_scored * 6 * head

@@ -1,0 +1,115 @@
+"""GPT-2 BPE with the two chat ids, and the ChatML template: conversations to token ids and back.
+
+Preparation, training, sampling and evaluation all call these functions. Special ids are placed as
+integers by the template; text is always encoded as ordinary text, so '<|im_end|>' typed inside a
+turn stays text.
+"""
+
+import base64
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from nanosynth import UserError
+
+END_OF_TEXT = 50256  # ends a document
+IM_START = 50257  # opens a turn
+IM_END = 50258  # closes a turn
+N_IDS = 50259  # ids from here up are padding and are never sampled
+VOCAB_SIZE = 50304  # rows of the embedding: padded to a multiple of 64 for the tensor cores
+STOP_IDS = (IM_END, END_OF_TEXT)
+TEMPLATE = "chatml"
+
+ROLES = ("system", "user", "assistant")
+RANKS_PATH = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# GPT-2's pre-tokenizer (openai/gpt-2, encoder.py).
+_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+Turn = tuple[str, str]  # (role, text)
+
+
+@functools.cache
+def tokenizer() -> tiktoken.Encoding:
+    """GPT-2's BPE with the special ids, built from the committed rank table."""
+    try:
+        table = RANKS_PATH.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no rank table at {RANKS_PATH}; restore it from the repository") from None
+    if hashlib.sha256(table).hexdigest() != RANKS_SHA256:
+        raise UserError(f"{RANKS_PATH} is not GPT-2's rank table; restore it from the repository")
+    ranks = {}
+    for line in table.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    special = {"<|endoftext|>": END_OF_TEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+    return tiktoken.Encoding(
+        "gpt2-chatml", pat_str=_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+@functools.cache
+def _turn_opening(role: str) -> list[int]:
+    return [IM_START, *tokenizer().encode_ordinary(f"{role}\n")]
+
+
+@functools.cache
+def _newline() -> list[int]:
+    return tokenizer().encode_ordinary("\n")
+
+
+def encode_conversations(
+    conversations: Sequence[Sequence[Turn]], num_threads: int = 1
+) -> list[tuple[list[int], list[int]]]:
+    """One (ids, mask) for each conversation; the mask is 1 on assistant text and its <|im_end|>.
+
+    >>> encode_conversations([[("user", "Hi"), ("assistant", "Yo")]])
+    [([50257, 7220, 198, 17250, 50258, 198, 50257, 562, 10167, 198, 38101, 50258, 198, 50256],
+      [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0])]
+    """
+    texts = [text for turns in conversations for _, text in turns]
+    encoded = iter(tokenizer().encode_ordinary_batch(texts, num_threads=num_threads))
+    newline = _newline()
+    documents = []
+    for turns in conversations:
+        ids: list[int] = []
+        mask: list[int] = []
+        for role, _ in turns:
+            opening, body = _turn_opening(role), next(encoded)
+            ids += opening
+            ids += body
+            ids.append(IM_END)
+            ids += newline
+            mask += [0] * len(opening)
+            mask += [int(role == "assistant")] * (len(body) + 1)
+            mask += [0] * len(newline)
+        ids.append(END_OF_TEXT)
+        mask.append(0)
+        documents.append((ids, mask))
+    return documents
+
+
+def prompt_ids(turns: Sequence[Turn]) -> list[int]:
+    """The ids of `turns` followed by an opened assistant turn: what the model is to continue."""
+    ids, _ = encode_conversations([turns])[0]
+    return ids[:-1] + _turn_opening("assistant")
+
+
+def decode(ids: Iterable[int]) -> str:
+    """Text of `ids`, special ids spelt out; a padding id is shown as <|ID|>, torn UTF-8 as U+FFFD."""
+    return b"".join(token_text(id) for id in ids).decode("utf-8", errors="replace")
+
+
+def token_text(id: int) -> bytes:
+    """The bytes of one id, for streaming."""
+    return tokenizer().decode_single_token_bytes(id) if id < N_IDS else f"<|{id}|>".encode()
+
+
+def token_bytes() -> np.ndarray:
+    """(VOCAB_SIZE,) int64: the bytes of text behind each id; 0 for special and padding ids."""
+    lengths = [len(token_text(id)) for id in range(END_OF_TEXT)]
+    return np.array(lengths + [0] * (VOCAB_SIZE - END_OF_TEXT))

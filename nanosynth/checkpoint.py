@@ -1,0 +1,202 @@
+"""Checkpoints: save, find, verify, read. Knows tensors and names, not the model.
+
+out/RUN/step_NNNNNN/ holds model.safetensors, train_state.pt and meta.json, which has the size and
+SHA-256 of the others and of itself. A folder is written under a temporary name, synced and renamed, so
+one with a step's name is whole; it is verified all the same before anything in it is used.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nanosynth import UserError
+from nanosynth.files import HashedFile, sync_folder, write_atomically
+
+FORMAT_VERSION = 1
+MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
+
+
+class Damaged(UserError):
+    """A checkpoint whose content is not what was written."""
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / f"step_{step:06d}"
+
+
+def steps(run_dir: Path) -> list[int]:
+    """The steps that have a folder, in order."""
+    names = os.listdir(run_dir) if run_dir.is_dir() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name))
+
+
+def save(
+    run_dir: Path, step: int, *, model: dict[str, Tensor], train_state: dict, meta: dict
+) -> Path:
+    """Publish step_NNNNNN whole or not at all. `train_state` holds tensors and plain values only.
+
+    Tensors that share storage (a tied embedding) are stored once, their other names in the meta.
+    """
+    target, temporary = folder(run_dir, step), run_dir / f".tmp-step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    first_names: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in model.items():
+        first = first_names.setdefault(tensor.data_ptr(), name)
+        if first != name:
+            aliases[name] = first
+    stored = {name: tensor.detach().contiguous() for name, tensor in model.items() if name not in aliases}
+    files = {}
+    with HashedFile(temporary / MODEL) as file:
+        file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
+    files[MODEL] = file.summary()
+    with HashedFile(temporary / TRAIN_STATE) as file:
+        torch.save(train_state, file)
+    files[TRAIN_STATE] = file.summary()
+    meta = {"format_version": FORMAT_VERSION, "step": step, **meta, "aliases": aliases, "files": files}
+    with HashedFile(temporary / META) as file:
+        file.write(_serialise(meta))
+    sync_folder(temporary)
+    if target.exists():
+        _remove(target)
+    os.rename(temporary, target)
+    sync_folder(run_dir)
+    write_atomically(run_dir / "latest", target.name)
+    return target
+
+
+def _serialise(meta: dict) -> bytes:
+    """The one byte string that stands for `meta`, ending with its own hash."""
+    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+    return json.dumps({**meta, "meta_sha256": digest}, indent=2).encode()
+
+
+def read_meta(path: Path) -> dict:
+    """The meta.json of a step folder, whole and its own; raises Damaged."""
+    try:
+        content = (path / META).read_bytes()
+        meta = json.loads(content)
+        meta.pop("meta_sha256")
+        intact = _serialise(meta) == content and path.name == f"step_{meta['step']:06d}"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"{path / META} cannot be read: {error!r}") from None
+    if not intact:
+        raise Damaged(f"{path / META} is not as it was written")
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path} has format {meta['format_version']}; wanted {FORMAT_VERSION}")
+    return meta
+
+
+def verify(path: Path) -> dict:
+    """The meta of a step folder after checking every file's size and SHA-256; raises Damaged."""
+    meta = read_meta(path)
+    if set(meta["files"]) != {MODEL, TRAIN_STATE}:
+        raise Damaged(f"{path / META} names other files than {MODEL} and {TRAIN_STATE}")
+    for name, wanted in meta["files"].items():
+        file_path = path / name
+        if file_path.is_symlink() or not file_path.is_file():
+            raise Damaged(f"{file_path} is missing or not a plain file")
+        if file_path.stat().st_size != wanted["bytes"]:
+            raise Damaged(f"{file_path} has {file_path.stat().st_size} bytes, not {wanted['bytes']}")
+        with open(file_path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
+                raise Damaged(f"{file_path} is not as it was written: SHA-256 differs")
+    return meta
+
+
+def newest_good(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest step folder that verifies; damaged ones are said aloud and set aside."""
+    for step in reversed(steps(run_dir)):
+        path = folder(run_dir, step)
+        try:
+            verify(path)
+        except Damaged as error:
+            say(f"damaged checkpoint: {error}; set aside, looking for an older one")
+            set_aside(path, "damaged")
+            continue
+        return path
+    return None
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Take a step folder out of the run, keeping its content under step_NNNNNN.WHY."""
+    aside = path.with_name(f"{path.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+
+
+def _val_losses(run_dir: Path) -> dict[int, float]:
+    losses = {step: read_meta(folder(run_dir, step))["val_loss"] for step in steps(run_dir)}
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+def best_loss(run_dir: Path) -> float:
+    """The lowest validation loss among the step folders; infinity where none was evaluated."""
+    return min(_val_losses(run_dir).values(), default=math.inf)
+
+
+def best(run_dir: Path) -> Path | None:
+    """The step folder with the lowest validation loss; None where none was evaluated."""
+    losses = _val_losses(run_dir)
+    return folder(run_dir, min(losses, key=losses.get)) if losses else None
+
+
+def find(run: str, step: str = "best") -> Path:
+    """A verified step folder of a run: step 'best', 'latest' or a number; `run` may be the folder."""
+    run_dir = Path(run)
+    if re.fullmatch(r"step_\d{6,}", run_dir.name):
+        path = run_dir
+    elif not steps(run_dir):
+        raise UserError(f"no checkpoint in {run!r}; train one with: python train.py config/NAME.py")
+    elif step == "latest":
+        path = folder(run_dir, steps(run_dir)[-1])
+    elif step == "best":
+        path = best(run_dir) or folder(run_dir, steps(run_dir)[-1])
+    else:
+        path = folder(run_dir, int(step) if step.isdigit() else -1)
+    if not path.is_dir():
+        wanted = ", ".join(map(str, steps(run_dir)))
+        raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
+    verify(path)
+    return path
+
+
+def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, under all their names. Verify first."""
+    tensors = safetensors.torch.load_file(path / MODEL)
+    for name, stored_name in meta["aliases"].items():
+        tensors[name] = tensors[stored_name]
+    return tensors
+
+
+def read_train_state(path: Path) -> dict:
+    """What training needs beside the model, on the CPU. Verify first."""
+    return torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` folders and the best one, and name the best in `best`."""
+    best_path = best(run_dir)
+    if best_path:
+        write_atomically(run_dir / "best", best_path.name)
+    for step in steps(run_dir)[:-keep_last]:
+        if folder(run_dir, step) != best_path:
+            _remove(folder(run_dir, step))
+
+
+def _remove(path: Path) -> None:
+    """Delete a step folder; it loses its name first, so a deletion cut short leaves no torn one."""
+    trash = path.with_name(f".trash-{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash)

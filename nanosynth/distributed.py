@@ -1,0 +1,101 @@
+"""The process group, and the signals that ask a run to stop. The only reader of torchrun's environment.
+
+A plain `python train.py` is a world of one and has no process group. What must agree between ranks
+travels as CPU tensors over gloo; gradients travel over nccl on CUDA.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanosynth import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over the ranks, in place. Call on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. Call on every rank."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def from_main(self, value: object) -> object:
+        """Rank 0's `value`. Call on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+@contextlib.contextmanager
+def start(device: str, timeout_seconds: int = 600) -> Iterator[World]:
+    """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N')."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # Ranks of a restarted group must not read what the dead one left (pytorch issue 135712).
+        store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield World(rank=rank, size=size, device=chosen)
+        if size > 1:
+            dist.barrier()
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device={device}; wanted auto, cpu, cuda or cuda:N") from None
+    if chosen.type != "cuda":
+        return chosen
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device={device}: no GPU {index}, {torch.cuda.device_count()} found")
+    return torch.device("cuda", index)
+
+
+class StopSignal:
+    """Set by the first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning); a second one ends the process.
+
+    A handler does not run inside a collective, so the ranks agree on the flag at a step boundary.
+    """
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(other, signal.SIG_DFL)

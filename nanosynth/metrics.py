@@ -1,0 +1,235 @@
+"""What a run tells: metrics.jsonl, the console, wandb, and the arithmetic of throughput and MFU.
+
+metrics.jsonl has one JSON object a line and is the truth; the console and wandb only show it.
+"""
+
+import json
+import math
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# Dense 16-bit peak of one device in FLOP/s, from NVIDIA's data sheets; the first name found counts.
+PEAK_FLOPS_16BIT = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """The device's dense peak in FLOP/s, or None where it is not known (a CPU, float32)."""
+    if dtype == torch.float32:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS_16BIT.items() if name in device_name), None)
+
+
+def model_flops_utilisation(flops_per_second: float, n_devices: int, peak: float | None):
+    """Achieved share of the devices' peak, or None where the peak is not known."""
+    return flops_per_second / (n_devices * peak) if peak else None
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: the GPU's allocator, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class MetricsFile:
+    """metrics.jsonl, appended; a resumed run cuts off what the checkpoint does not know."""
+
+    def __init__(self, path: Path, resume_at: int | None):
+        self._file = open(path, "a+b")
+        if resume_at is not None:
+            self._file.truncate(min(resume_at, os.fstat(self._file.fileno()).st_size))
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: dict) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def synced_size(self) -> int:
+        """Bytes that are safely on disk: what a checkpoint remembers."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbThread:
+    """Sends records to wandb from a thread of its own: whatever wandb does, training goes on."""
+
+    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict):
+        self._records: queue.Queue = queue.Queue()
+        self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder)}
+        self._config = config
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict) -> None:
+        self._records.put(record)
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        self._records.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _send(self) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(**self._options, config=self._config, resume="allow")
+            while (record := self._records.get()) is not None:
+                split = record["split"]
+                values = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+                run.log(values, step=record["step"])
+            run.finish()
+        except BaseException as error:  # wandb may raise anything, and none of it ends a run
+            print(f"wandb stopped, training goes on: {error!r}", file=sys.stderr)
+
+
+class Console:
+    """A progress bar on a terminal, plain lines in a log."""
+
+    def __init__(self, first_step: int, max_steps: int):
+        self._max_steps = max_steps
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=first_step, total=max_steps, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def train(self, record: dict, eta_seconds: float) -> None:
+        loss = "skipped" if record["skipped"] else f"loss {record['loss']:.4f}"
+        mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+        text = (
+            f"{loss} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.2f} | "
+            f"scale {record['loss_scale']:g} | {record['tokens_per_second']:,.0f} tokens/s | "
+            f"mfu {mfu} | {record['memory_gb']:.1f} GB"
+        )
+        if self._bar is None:
+            minutes, seconds = divmod(int(eta_seconds), 60)
+            step = f"step {record['step']:>6}/{self._max_steps}"
+            print(f"{step} | {text} | {minutes}m{seconds:02d}s left", flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(record["step"] + 1 - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class RunLog:
+    """A run's log, on every rank; rank 0 alone has the outputs.
+
+    Steps stay on the device as tensors until `flush`, so that no step waits for the GPU.
+    """
+
+    def __init__(
+        self,
+        outputs: tuple[MetricsFile, Console, WandbThread | None] | None,
+        *,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+        n_devices: int,
+        peak: float | None,
+    ):
+        self._outputs, self._reduce = outputs, reduce
+        self._device, self._n_devices, self._peak = device, n_devices, peak
+        self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
+        self._clock = time.perf_counter()
+
+    def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
+        """Queue a step: its fields, and this rank's stats [share of loss, grad_norm, loss_scale]."""
+        self._pending.append((fields, stats, n_tokens, flops))
+
+    def flush(self, steps_left: int) -> list[dict]:
+        """Write the queued steps and return their records. Call on every rank."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        stats = torch.stack([stats for _, stats, _, _ in pending])  # (steps, 3)
+        losses = self._reduce(stats[:, 0].clone()).tolist()
+        seconds = time.perf_counter() - self._clock
+        measured = self._throughput(pending, seconds)
+        records = []
+        for (fields, *_), loss, (_, grad_norm, scale) in zip(
+            pending, losses, stats.tolist(), strict=True
+        ):
+            skipped = not math.isfinite(grad_norm)
+            record = {"step": fields["step"], "split": "train", "loss": loss, **fields}
+            record |= {"grad_norm": grad_norm, "loss_scale": scale, "skipped": skipped, **measured}
+            records.append(record)
+            self._emit(record)
+        if self._outputs:
+            self._outputs[1].train(records[-1], steps_left * seconds / len(records))
+        self.restart_clock()
+        return records
+
+    def _throughput(self, pending: list[tuple], seconds: float) -> dict:
+        flops_per_second = sum(flops for *_, flops in pending) / seconds
+        return {
+            "tokens_per_second": sum(n_tokens for _, _, n_tokens, _ in pending) / seconds,
+            "mfu": model_flops_utilisation(flops_per_second, self._n_devices, self._peak),
+            "memory_gb": memory_gb(self._device),
+        }
+
+    def restart_clock(self) -> None:
+        """Leave out of the throughput what passed since the last flush (evaluation, a save)."""
+        self._clock = time.perf_counter()
+
+    def val(self, step: int, loss: float, seconds: float) -> None:
+        self._emit({"step": step, "split": "val", "loss": loss, "seconds": seconds})
+        self.say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
+
+    def say(self, text: str) -> None:
+        if self._outputs:
+            self._outputs[1].say(text)
+
+    def synced_size(self) -> int:
+        """Bytes of metrics.jsonl on disk; 0 on ranks that write none."""
+        return self._outputs[0].synced_size() if self._outputs else 0
+
+    def _emit(self, record: dict) -> None:
+        if not self._outputs:
+            return
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        file, _, wandb = self._outputs
+        file.write(finite)
+        if wandb:
+            wandb.log(finite)
+
+    def close(self) -> None:
+        for output in self._outputs or ():
+            if output:
+                output.close()

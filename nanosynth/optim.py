@@ -1,0 +1,52 @@
+"""The optimizer: which parameters decay, how it is built, and the learning rate at a step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay; biases and LayerNorm gains do not. Each parameter once."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW}
+
+
+def build_optimizer(
+    name: str, model: nn.Module, *, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """The optimizer over `parameter_groups`; fused, so that a skipped update needs no host wait."""
+    groups = parameter_groups(model, weight_decay)
+    return OPTIMIZERS[name](groups, lr=0.0, betas=betas, fused=True)
+
+
+def lr_at(
+    step: int, *, max_steps: int, warmup_steps: int, learning_rate: float, min_learning_rate: float
+) -> float:
+    """The learning rate of the update that follows `step` updates.
+
+    Linear warmup, never zero, to `learning_rate` at step warmup_steps - 1; then a cosine that
+    reaches `min_learning_rate` at the last update, max_steps - 1.
+    """
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / (max_steps - warmup_steps)
+    weight = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_learning_rate + weight * (learning_rate - min_learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """The gradients' total norm before clipping to `max_norm`; 0 clips nothing. No host wait."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=True)

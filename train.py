@@ -1,0 +1,532 @@
+"""Train a GPT on prepared bins.
+
+    python train.py config/demo.py
+    torchrun --standalone --nproc_per_node=8 train.py config/1b.py --learning_rate=3e-4
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig
+from nanosynth import UserError, checkpoint, chat, dataset, distributed, metrics, optim, settings
+from nanosynth.files import write_atomically
+from nanosynth.settings import setting
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a GPT on the bins of data_dir; checkpoints and metrics go to out_dir."""
+
+    data_dir: str = setting("data/openhermes", "prepared bins, see prepare.py")
+    out_dir: str = setting("out/run", "the run's folder")
+    init_from: str = setting("", "weights to start from: a run's folder (its best) or a step folder")
+    resume: str = setting("auto", "auto: go on where out_dir stands; never; or a step folder")
+    seed: int = setting(42, "of the weights, the data order and dropout")
+
+    n_layer: int = setting(24, "blocks")
+    n_head: int = setting(16, "attention heads")
+    n_embd: int = setting(1024, "channels")
+    block_size: int = setting(2048, "context, in tokens")
+    dropout: float = setting(0.0, "0 for a single epoch; 0.1 or so for several")
+    bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
+
+    micro_batch_size: int = setting(4, "rows a GPU takes at once; lower it when memory runs out")
+    gradient_accumulation_steps: int = setting(8, "micro-batches a step, counted over all GPUs")
+    max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes")
+    epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0")
+
+    optimizer: Literal["adamw"] = setting("adamw", "which optimizer")
+    learning_rate: float = setting(2e-4, "the peak, after warmup")
+    min_learning_rate: float = setting(2e-5, "where the cosine ends")
+    warmup_steps: int = setting(1000, "steps of linear warmup")
+    weight_decay: float = setting(0.01, "on matrices and embeddings")
+    beta1: float = setting(0.9, "AdamW's first moment")
+    beta2: float = setting(0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999")
+    grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping")
+
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto", "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it"
+    )
+    compile: bool | Literal["auto"] = setting("auto", "torch.compile; auto: on CUDA")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
+    loss_on: Literal["all", "assistant"] = setting("all", "targets that count")
+
+    eval_interval: int = setting(1000, "steps between evaluations")
+    eval_rows: int = setting(256, "validation rows an evaluation takes, always the same; 0: all")
+    save_interval: int = setting(5000, "steps between checkpoints; a new best is saved too")
+    keep_last: int = setting(3, "newest checkpoints kept, beside the best")
+    log_interval: int = setting(10, "steps between lines on the console; metrics.jsonl has every step")
+
+    wandb: Literal["online", "offline", "disabled"] = setting("disabled", "where metrics go besides")
+    wandb_project: str = setting("nanosynth", "wandb project")
+    wandb_run_name: str = setting("", "wandb run; empty: the name of out_dir")
+
+    def __post_init__(self):
+        """Rules between fields; each error names the flag that mends it."""
+        if self.n_embd % self.n_head:
+            near = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            near = sorted(sorted(near, key=lambda n: abs(n - self.n_head))[:3])
+            raise UserError(f"--n_head={self.n_head} does not divide n_embd={self.n_embd}; try {near}")
+        for name in ("micro_batch_size", "gradient_accumulation_steps", "block_size", "n_layer"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
+        for name in ("eval_interval", "save_interval", "keep_last", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
+        if self.max_steps < 0 or (self.max_steps == 0 and self.epochs <= 0):
+            raise UserError("wanted --max_steps of 1 or more, or --epochs above 0")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            limit = f"0 to learning_rate={self.learning_rate}"
+            raise UserError(f"--min_learning_rate={self.min_learning_rate}; wanted {limit}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout={self.dropout}; wanted 0 or more, below 1")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def model_config(self) -> GPTConfig:
+        return GPTConfig(
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            block_size=self.block_size,
+            vocab_size=chat.VOCAB_SIZE,
+            dropout=self.dropout,
+            bias=self.bias,
+        )
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; 'auto' takes the fastest that the device computes natively."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def count_steps(config: TrainConfig, n_rows: int) -> int:
+    """Optimizer steps of the run; the last step of an epoch is filled up from the next one."""
+    steps = config.max_steps or math.ceil(config.epochs * n_rows / config.rows_per_step)
+    if steps <= config.warmup_steps:
+        raise UserError(
+            f"warmup_steps={config.warmup_steps}, but the run has {steps} steps ({n_rows:,} rows of "
+            f"{config.block_size} tokens, {config.rows_per_step} a step): the learning rate would "
+            f"never come down; try --warmup_steps={steps // 10}, or more data or epochs"
+        )
+    return steps
+
+
+def micro_steps_per_rank(config: TrainConfig, world_size: int) -> int:
+    steps, remainder = divmod(config.gradient_accumulation_steps, world_size)
+    if remainder:
+        near = sorted({max(1, steps) * world_size, (steps + 1) * world_size})
+        wanted = " or ".join(f"--gradient_accumulation_steps={n}" for n in near)
+        found = f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        raise UserError(f"{found} does not divide over {world_size} GPUs; use {wanted}")
+    return steps
+
+
+def micro_batches(
+    config: TrainConfig, split: dataset.Split, world: distributed.World, step: int
+) -> Iterator[tuple[int, dataset.Batch]]:
+    """This rank's (number, micro-batch) of a step; numbers run over the whole run and all ranks."""
+    n_rows = split.n_rows(config.block_size)
+    first = step * config.gradient_accumulation_steps
+    for number in range(first + world.rank, first + config.gradient_accumulation_steps, world.size):
+        start = number * config.micro_batch_size
+        rows = dataset.sample_rows(start, config.micro_batch_size, n_rows, config.seed)
+        yield number, dataset.read_batch(split, rows, config.block_size, config.loss_on)
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Iterable[tuple[int, dataset.Batch]],
+    *,
+    n_micro_steps: int,
+    n_targets: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad_clip: float,
+    seed: int,
+) -> Tensor:
+    """One update from this rank's micro-batches; [share of the loss, grad_norm, loss_scale] (3,).
+
+    `n_targets` counts the targets of the step over all ranks: each loss is a sum divided by it, so any
+    division into micro-batches and ranks gives the same mean. A gradient that is not finite, on any
+    rank, leaves weights and optimizer state as they are on all. Call on every rank.
+    """
+    loss = torch.zeros((), device=device)
+    for micro_step, (number, batch) in enumerate(batches):
+        # Dropout belongs to the micro-batch, not to the process: a resumed run and any number of
+        # ranks draw the same.
+        torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
+        is_last = micro_step == n_micro_steps - 1
+        distributed_model = isinstance(model, DistributedDataParallel)
+        alone = model.no_sync() if distributed_model and not is_last else contextlib.nullcontext()
+        with alone:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss_sum = model(*batch.to(device)).sum()
+            # DDP averages gradients over the ranks; times world_size makes it their sum.
+            scaler.scale(loss_sum * (world_size / n_targets)).backward()
+        loss += loss_sum.detach() / n_targets
+    loss_scale = scaler.scale(torch.ones((), device=device))
+    scaler.unscale_(optimizer)
+    grad_norm = optim.clip_gradients(model.parameters(), grad_clip)
+    if not scaler.is_enabled():
+        optimizer.found_inf = (~grad_norm.isfinite()).float()  # what GradScaler tells fused AdamW
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, grad_norm, loss_scale])
+
+
+@torch.no_grad()
+def evaluate(
+    raw_model: GPT,
+    split: dataset.Split,
+    world: distributed.World,
+    config: TrainConfig,
+    *,
+    n_rows: int,
+    dtype: torch.dtype,
+) -> float:
+    """Mean loss over the first `n_rows` validation rows, shared out. Call on every rank."""
+    raw_model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
+    size = config.micro_batch_size
+    for start in range(world.rank * size, n_rows, world.size * size):
+        rows = list(range(start, min(start + size, n_rows)))
+        batch = dataset.read_batch(split, rows, config.block_size, config.loss_on)
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            losses = raw_model(*batch.to(world.device))
+        totals[0] += losses.double().sum()
+        totals[1] += losses.numel()
+    raw_model.train()
+    loss_sum, n_targets = world.sum(totals).tolist()
+    return loss_sum / n_targets
+
+
+def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
+    train, val = (dataset.Split(config.data_dir, name) for name in dataset.SPLITS)
+    for split in (train, val):
+        if not split.n_rows(config.block_size):
+            raise UserError(
+                f"{split.path} has {split.n_tokens} tokens, less than one row of block_size="
+                f"{config.block_size}; use a smaller --block_size or more data"
+            )
+    return train, val
+
+
+def identity(config: TrainConfig, train: dataset.Split) -> dict:
+    """What must not change within a run: the model, the data, and the order in which it is seen."""
+    return {
+        "model": asdict(config.model_config()),
+        "seed": config.seed,
+        "rows_per_step": config.rows_per_step,
+        "loss_on": config.loss_on,
+        "optimizer": config.optimizer,
+        "data_sha256": train.sha256,
+    }
+
+
+def find_start(config: TrainConfig, world: distributed.World, wanted: dict) -> Path | None:
+    """The verified step folder to resume, or None. Rank 0 looks, all hear. Call on every rank."""
+    path, error = None, None
+    if world.is_main:
+        run_dir = Path(config.out_dir)
+        try:
+            if config.resume == "auto":
+                path = checkpoint.newest_good(run_dir)
+            else:
+                path = None if config.resume == "never" else checkpoint.find(config.resume)
+                if checkpoint.steps(run_dir) and (path is None or path.parent != run_dir):
+                    raise UserError(
+                        f"{run_dir} holds a run; use --resume=auto to go on, or another --out_dir"
+                    )
+            if path:
+                check_identity(path, wanted)
+                for step in checkpoint.steps(run_dir):
+                    if checkpoint.folder(run_dir, step).name > path.name:
+                        checkpoint.set_aside(checkpoint.folder(run_dir, step), "abandoned")
+        except UserError as found:
+            error = str(found)
+    path, error = world.from_main((path, error))
+    if error:
+        raise UserError(error)
+    return path
+
+
+def check_identity(path: Path, wanted: dict) -> None:
+    found = checkpoint.read_meta(path)["identity"]
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise UserError(
+                f"{path} was made with {key}={found[key]}, this run has {value}; restore that setting, "
+                "or start anew with another --out_dir (and --init_from for the weights)"
+            )
+
+
+def load_weights(raw_model: GPT, path: Path) -> dict:
+    """Copy a step folder's weights into the model; the folder's meta."""
+    meta = checkpoint.read_meta(path)
+    found, wanted = meta["identity"]["model"], asdict(raw_model.config)
+    different = {key: found[key] for key in wanted if key != "dropout" and found[key] != wanted[key]}
+    if different:
+        flags = " ".join(f"--{key}={value}" for key, value in different.items())
+        raise UserError(f"{path} holds a model of another shape; its settings are {flags}")
+    raw_model.load_state_dict(checkpoint.read_model(path, meta))
+    return meta
+
+
+class Training(NamedTuple):
+    """Everything that a step changes or reads, built or restored."""
+
+    raw_model: GPT
+    model: torch.nn.Module  # raw_model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    identity: dict
+    first_step: int
+    metrics_bytes: int  # of metrics.jsonl that the checkpoint knows
+
+
+def build(config: TrainConfig, world: distributed.World, train_split: dataset.Split) -> Training:
+    """A new run, or one restored from its checkpoint. Call on every rank."""
+    dtype = choose_dtype(config.dtype, world.device)
+    torch.manual_seed(config.seed)
+    with world.device:
+        raw_model = GPT(config.model_config())
+    raw_model.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = optim.build_optimizer(
+        config.optimizer,
+        raw_model,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+    )
+    # A run has few steps, so the scale starts low and grows soon (the defaults are 65,536 and 2,000).
+    scaler = torch.amp.GradScaler(
+        world.device.type, init_scale=2.0**13, growth_interval=200, enabled=dtype == torch.float16
+    )
+    run_identity = identity(config, train_split)
+    resume_from = find_start(config, world, run_identity)
+    first_step, metrics_bytes = 0, 0
+    if resume_from:
+        first_step = load_weights(raw_model, resume_from)["step"]
+        state = checkpoint.read_train_state(resume_from)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if resume_from.parent == Path(config.out_dir):
+            metrics_bytes = state["metrics_bytes"]
+    elif config.init_from:
+        load_weights(raw_model, checkpoint.find(config.init_from))
+    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+        raw_model.compile()
+    model: torch.nn.Module = raw_model
+    if world.size > 1:
+        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+    return Training(
+        raw_model, model, optimizer, scaler, dtype, run_identity, first_step, metrics_bytes
+    )
+
+
+def save(
+    config: TrainConfig, step: int, training: Training, log: metrics.RunLog, val_loss: float | None
+) -> None:
+    """Publish the checkpoint of `step` and prune; a full disk costs this checkpoint, not the run."""
+    run_dir = Path(config.out_dir)
+    state = {
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "metrics_bytes": log.synced_size(),
+    }
+    meta = {
+        "val_loss": val_loss,
+        "identity": training.identity,
+        "settings": asdict(config),
+        "torch": str(torch.__version__),
+    }
+    tensors = training.raw_model.state_dict()
+    try:
+        path = checkpoint.save(run_dir, step, model=tensors, train_state=state, meta=meta)
+        checkpoint.prune(run_dir, config.keep_last)
+    except OSError as error:
+        log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
+    else:
+        log.say(f"step {step:>6}: saved {path}")
+
+
+def open_log(
+    config: TrainConfig,
+    origins: dict[str, str],
+    world: distributed.World,
+    training: Training,
+    max_steps: int,
+) -> metrics.RunLog:
+    """The run's log; rank 0 writes config.json and says what is about to run."""
+    name = str(world.device)
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    outputs = None
+    if world.is_main:
+        run_dir = Path(config.out_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "settings": asdict(config),
+            "parameters": training.raw_model.n_parameters(),
+            "max_steps": max_steps,
+            "tokens_per_step": config.rows_per_step * config.block_size,
+            "world_size": world.size,
+            "device": name,
+            "dtype": str(training.dtype).removeprefix("torch."),
+            "torch": str(torch.__version__),
+        }
+        write_atomically(run_dir / "config.json", json.dumps(facts, indent=2))
+        print(settings.describe(config, origins))
+        print(
+            f"{facts['parameters']:,} parameters, {max_steps:,} steps of {facts['tokens_per_step']:,} "
+            f"tokens, {world.size} x {name}, {facts['dtype']}, torch {facts['torch']}",
+            flush=True,
+        )
+        wandb = None
+        if config.wandb != "disabled":
+            wandb = metrics.WandbThread(
+                mode=config.wandb,
+                project=config.wandb_project,
+                name=config.wandb_run_name or run_dir.name,
+                folder=run_dir,
+                config=asdict(config),
+            )
+        file = metrics.MetricsFile(run_dir / "metrics.jsonl", training.metrics_bytes)
+        outputs = (file, metrics.Console(training.first_step, max_steps), wandb)
+    return metrics.RunLog(
+        outputs,
+        reduce=world.sum,
+        device=world.device,
+        n_devices=world.size,
+        peak=metrics.peak_flops(name, training.dtype),
+    )
+
+
+def main(config: TrainConfig, origins: dict[str, str]) -> None:
+    train_split, val_split = open_splits(config)
+    max_steps = count_steps(config, train_split.n_rows(config.block_size))
+    with distributed.start(config.device) as world:
+        n_micro_steps = micro_steps_per_rank(config, world.size)
+        stop = distributed.StopSignal()
+        training = build(config, world, train_split)
+        log = open_log(config, origins, world, training, max_steps)
+        if training.first_step == max_steps:
+            log.say(f"the run is complete: {max_steps} steps, {config.out_dir}")
+        else:
+            loop(config, world, training, log, stop, train_split, val_split, max_steps, n_micro_steps)
+        log.close()
+
+
+def loop(
+    config: TrainConfig,
+    world: distributed.World,
+    training: Training,
+    log: metrics.RunLog,
+    stop: distributed.StopSignal,
+    train_split: dataset.Split,
+    val_split: dataset.Split,
+    max_steps: int,
+    n_micro_steps: int,
+) -> None:
+    """One pass for each step: evaluate and save what is due, then train. Call on every rank.
+
+    `step` counts the updates that are done. The last pass only evaluates and saves.
+    """
+    raw_model, scaler = training.raw_model, training.scaler
+    n_rows = train_split.n_rows(config.block_size)
+    n_val_rows = val_split.n_rows(config.block_size)
+    n_eval_rows = min(config.eval_rows, n_val_rows) if config.eval_rows else n_val_rows
+    best_loss = checkpoint.best_loss(Path(config.out_dir))
+
+    def validation_loss(n_rows: int) -> float:
+        return evaluate(raw_model, val_split, world, config, n_rows=n_rows, dtype=training.dtype)
+
+    # A broken evaluation shows in the first minute, not at the first interval.
+    loss = validation_loss(min(n_eval_rows, 2 * config.micro_batch_size * world.size))
+    log.say(f"step {training.first_step:>6}: validation loss of two batches {loss:.4f}")
+    log.restart_clock()
+    for step in range(training.first_step, max_steps + 1):
+        stopping = world.any(stop.requested)
+        is_last = stopping or step == max_steps
+        eval_due = step > training.first_step and (step % config.eval_interval == 0 or step == max_steps)
+        save_due = step > training.first_step and (step % config.save_interval == 0 or is_last)
+        if eval_due or save_due:
+            log.flush(max_steps - step)
+            val_loss = None
+            if eval_due:
+                started = time.perf_counter()
+                val_loss = validation_loss(n_eval_rows)
+                log.val(step, val_loss, time.perf_counter() - started)
+                if val_loss < best_loss:
+                    best_loss, save_due = val_loss, True
+            if save_due and world.is_main:
+                save(config, step, training, log, val_loss)
+            log.restart_clock()
+        if is_last:
+            if stopping:
+                log.say(f"stopped by a signal at step {step}; the same command goes on from there")
+            return
+        learning_rate = optim.lr_at(
+            step,
+            max_steps=max_steps,
+            warmup_steps=config.warmup_steps,
+            learning_rate=config.learning_rate,
+            min_learning_rate=config.min_learning_rate,
+        )
+        optim.set_learning_rate(training.optimizer, learning_rate)
+        rows = dataset.sample_rows(
+            step * config.rows_per_step, config.rows_per_step, n_rows, config.seed
+        )
+        n_targets = dataset.count_targets(train_split, rows, config.block_size, config.loss_on)
+        stats = train_step(
+            training.model,
+            training.optimizer,
+            scaler,
+            micro_batches(config, train_split, world, step),
+            n_micro_steps=n_micro_steps,
+            n_targets=n_targets,
+            world_size=world.size,
+            dtype=training.dtype,
+            device=world.device,
+            grad_clip=config.grad_clip,
+            seed=config.seed,
+        )
+        n_tokens = config.rows_per_step * config.block_size
+        fields = {
+            "step": step,
+            "lr": learning_rate,
+            "epoch": step * config.rows_per_step / n_rows,
+            "tokens": (step + 1) * n_tokens,
+        }
+        log.train(fields, stats, n_tokens=n_tokens, flops=raw_model.flops(n_tokens, n_targets))
+        if (step + 1) % config.log_interval == 0:
+            log.flush(max_steps - step - 1)
+
+
+if __name__ == "__main__":
+    settings.run(main, TrainConfig, config_file=True)

@@ -31,8 +31,8 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, one row a sequence, rows of any lengths.
 
-    A chunk of T tokens is written behind each row's `lengths`. Rows shorter than the chunk are padded
-    on the right: what stands past a row's length is never attended to and is overwritten later.
+    A chunk of T tokens is written behind each row's `lengths`. Rows shorter than the chunk are
+    padded on the right: what stands past a row's length is never attended to, and overwritten.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_tokens: int, like: Tensor):
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's initialisation: 0.02, and residual projections scaled by 1/sqrt(2L) (paper, 2.3)."""
+        """GPT-2's initialisation: 0.02, residual projections by 1/sqrt(2L) (2.3)."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))

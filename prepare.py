@@ -1,5 +1,6 @@
-"""Conversations of any source to token bins: read, check, drop duplicates, split, tokenise, shuffle.
+"""Conversations of any source to token bins: read, check, deduplicate, split, encode, shuffle.
 
+Usage:
     python prepare.py --source=teknium/OpenHermes-2.5 --data_dir=data/openhermes
     python prepare.py --source=conversations.jsonl --data_dir=data/mine
 """
@@ -26,8 +27,12 @@ ROWS_PER_BATCH = 1000  # encoded together
 class PrepareConfig:
     """Write data_dir/{train,val}.bin, their masks and meta.json from conversations."""
 
-    source: str = setting(sources.OPENHERMES, "'sample', a .json, .jsonl or .parquet file, or a hub id")
-    revision: str | None = setting(None, "hub revision; None: the pinned one, or the newest, recorded")
+    source: str = setting(
+        sources.OPENHERMES, "'sample', a .json, .jsonl or .parquet file, or a hub id"
+    )
+    revision: str | None = setting(
+        None, "hub revision; None: the pinned one, or the newest, recorded"
+    )
     data_dir: str = setting("data/openhermes", "where the bins go")
     max_rows: int = setting(0, "a random sample of so many rows of the whole source; 0: all")
     val_fraction: float = setting(0.05, "share of first user turns that go to validation")
@@ -131,7 +136,7 @@ def check_usable(tally: Tally, source: sources.Source, config: PrepareConfig) ->
         columns = ", ".join(name for name, _ in tally.columns.most_common(20)) or "none"
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
-            f"no usable row in {source.identity['source']} ({tally.rows_read} read; {reasons or 'empty'})."
+            f"no usable row in {config.source} ({tally.rows_read} read; {reasons or 'empty'})"
             f"\n  Columns found: {columns}\n  Wanted: conversations (from/value), messages "
             "(role/content), or instruction, input and output"
         )
@@ -169,7 +174,10 @@ def description(
 
 def table(meta: dict) -> str:
     """The counts of meta.json for a reader."""
-    lines = [f"{'rows read':<32}{meta['rows_read']:>14,}", f"{'rows kept':<32}{meta['rows_kept']:>14,}"]
+    lines = [
+        f"{'rows read':<32}{meta['rows_read']:>14,}",
+        f"{'rows kept':<32}{meta['rows_kept']:>14,}",
+    ]
     for reason, count in meta["rows_dropped"].items():
         lines.append(f"{'  dropped: ' + reason:<32}{count:>14,}")
     lines.append(f"{'':<32}" + "".join(f"{split:>14}" for split in dataset.SPLITS))

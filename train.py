@@ -1,5 +1,6 @@
 """Train a GPT on prepared bins.
 
+Usage:
     python train.py config/demo.py
     torchrun --standalone --nproc_per_node=8 train.py config/1b.py --learning_rate=3e-4
 """
@@ -8,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,11 +20,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import UserError, checkpoint, chat, dataset, distributed, metrics, optim, settings
+from nanosynth import UserError, chat, checkpoint, dataset, distributed, metrics, optim, settings
+from nanosynth.device import autocast, choose_dtype, device_name
 from nanosynth.files import write_atomically
 from nanosynth.settings import setting
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class TrainConfig:
 
     data_dir: str = setting("data/openhermes", "prepared bins, see prepare.py")
     out_dir: str = setting("out/run", "the run's folder")
-    init_from: str = setting("", "weights to start from: a run's folder (its best) or a step folder")
+    init_from: str = setting(
+        "", "weights to start from: a run's folder (its best) or a step folder"
+    )
     resume: str = setting("auto", "auto: go on where out_dir stands; never; or a step folder")
     seed: int = setting(42, "of the weights, the data order and dropout")
 
@@ -69,9 +71,13 @@ class TrainConfig:
     eval_rows: int = setting(256, "validation rows an evaluation takes, always the same; 0: all")
     save_interval: int = setting(5000, "steps between checkpoints; a new best is saved too")
     keep_last: int = setting(3, "newest checkpoints kept, beside the best")
-    log_interval: int = setting(10, "steps between lines on the console; metrics.jsonl has every step")
+    log_interval: int = setting(
+        10, "steps between lines on the console; metrics.jsonl has every step"
+    )
 
-    wandb: Literal["online", "offline", "disabled"] = setting("disabled", "where metrics go besides")
+    wandb: Literal["online", "offline", "disabled"] = setting(
+        "disabled", "where metrics go besides"
+    )
     wandb_project: str = setting("nanosynth", "wandb project")
     wandb_run_name: str = setting("", "wandb run; empty: the name of out_dir")
 
@@ -80,7 +86,9 @@ class TrainConfig:
         if self.n_embd % self.n_head:
             near = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = sorted(sorted(near, key=lambda n: abs(n - self.n_head))[:3])
-            raise UserError(f"--n_head={self.n_head} does not divide n_embd={self.n_embd}; try {near}")
+            raise UserError(
+                f"--n_head={self.n_head} does not divide n_embd={self.n_embd}; try {near}"
+            )
         for name in ("micro_batch_size", "gradient_accumulation_steps", "block_size", "n_layer"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
@@ -95,10 +103,6 @@ class TrainConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}; wanted 0 or more, below 1")
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.micro_batch_size * self.gradient_accumulation_steps
-
     def model_config(self) -> GPTConfig:
         return GPTConfig(
             n_layer=self.n_layer,
@@ -111,47 +115,27 @@ class TrainConfig:
         )
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; 'auto' takes the fastest that the device computes natively."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def count_steps(config: TrainConfig, n_rows: int) -> int:
+def count_steps(config: TrainConfig, order: dataset.RowOrder) -> int:
     """Optimizer steps of the run; the last step of an epoch is filled up from the next one."""
-    steps = config.max_steps or math.ceil(config.epochs * n_rows / config.rows_per_step)
+    steps = config.max_steps or math.ceil(config.epochs * order.n_rows / order.rows_per_step)
     if steps <= config.warmup_steps:
         raise UserError(
-            f"warmup_steps={config.warmup_steps}, but the run has {steps} steps ({n_rows:,} rows of "
-            f"{config.block_size} tokens, {config.rows_per_step} a step): the learning rate would "
-            f"never come down; try --warmup_steps={steps // 10}, or more data or epochs"
+            f"warmup_steps={config.warmup_steps}, but the run has {steps} steps ({order.n_rows:,} "
+            f"rows of {config.block_size} tokens, {order.rows_per_step} a step): the learning rate "
+            f"would never come down; try --warmup_steps={steps // 10}, or more data or epochs"
         )
     return steps
 
 
-def micro_steps_per_rank(config: TrainConfig, world_size: int) -> int:
-    steps, remainder = divmod(config.gradient_accumulation_steps, world_size)
-    if remainder:
-        near = sorted({max(1, steps) * world_size, (steps + 1) * world_size})
+def check_divides(config: TrainConfig, world_size: int) -> None:
+    """Every rank takes as many micro-batches as any other."""
+    micro_batches = config.gradient_accumulation_steps
+    if micro_batches % world_size:
+        below = micro_batches // world_size * world_size
+        near = [n for n in (below, below + world_size) if n]
         wanted = " or ".join(f"--gradient_accumulation_steps={n}" for n in near)
-        found = f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        found = f"gradient_accumulation_steps={micro_batches}"
         raise UserError(f"{found} does not divide over {world_size} GPUs; use {wanted}")
-    return steps
-
-
-def micro_batches(
-    config: TrainConfig, split: dataset.Split, world: distributed.World, step: int
-) -> Iterator[tuple[int, dataset.Batch]]:
-    """This rank's (number, micro-batch) of a step; numbers run over the whole run and all ranks."""
-    n_rows = split.n_rows(config.block_size)
-    first = step * config.gradient_accumulation_steps
-    for number in range(first + world.rank, first + config.gradient_accumulation_steps, world.size):
-        start = number * config.micro_batch_size
-        rows = dataset.sample_rows(start, config.micro_batch_size, n_rows, config.seed)
-        yield number, dataset.read_batch(split, rows, config.block_size, config.loss_on)
 
 
 def train_step(
@@ -170,20 +154,22 @@ def train_step(
 ) -> Tensor:
     """One update from this rank's micro-batches; [share of the loss, grad_norm, loss_scale] (3,).
 
-    `n_targets` counts the targets of the step over all ranks: each loss is a sum divided by it, so any
-    division into micro-batches and ranks gives the same mean. A gradient that is not finite, on any
+    `n_targets` counts the targets of the step over all ranks: each loss is a sum divided by it, so
+    any division into micro-batches and ranks gives the same mean. A gradient that is not finite, on any
     rank, leaves weights and optimizer state as they are on all. Call on every rank.
     """
     loss = torch.zeros((), device=device)
     for micro_step, (number, batch) in enumerate(batches):
         # Dropout belongs to the micro-batch, not to the process: a resumed run and any number of
         # ranks draw the same.
-        torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(
+            int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+        )
         is_last = micro_step == n_micro_steps - 1
         distributed_model = isinstance(model, DistributedDataParallel)
         alone = model.no_sync() if distributed_model and not is_last else contextlib.nullcontext()
         with alone:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 loss_sum = model(*batch.to(device)).sum()
             # DDP averages gradients over the ranks; times world_size makes it their sum.
             scaler.scale(loss_sum * (world_size / n_targets)).backward()
@@ -197,32 +183,6 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack([loss, grad_norm, loss_scale])
-
-
-@torch.no_grad()
-def evaluate(
-    raw_model: GPT,
-    split: dataset.Split,
-    world: distributed.World,
-    config: TrainConfig,
-    *,
-    n_rows: int,
-    dtype: torch.dtype,
-) -> float:
-    """Mean loss over the first `n_rows` validation rows, shared out. Call on every rank."""
-    raw_model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
-    size = config.micro_batch_size
-    for start in range(world.rank * size, n_rows, world.size * size):
-        rows = list(range(start, min(start + size, n_rows)))
-        batch = dataset.read_batch(split, rows, config.block_size, config.loss_on)
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            losses = raw_model(*batch.to(world.device))
-        totals[0] += losses.double().sum()
-        totals[1] += losses.numel()
-    raw_model.train()
-    loss_sum, n_targets = world.sum(totals).tolist()
-    return loss_sum / n_targets
 
 
 def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
@@ -241,7 +201,7 @@ def identity(config: TrainConfig, train: dataset.Split) -> dict:
     return {
         "model": asdict(config.model_config()),
         "seed": config.seed,
-        "rows_per_step": config.rows_per_step,
+        "rows_per_step": config.micro_batch_size * config.gradient_accumulation_steps,
         "loss_on": config.loss_on,
         "optimizer": config.optimizer,
         "data_sha256": train.sha256,
@@ -249,24 +209,11 @@ def identity(config: TrainConfig, train: dataset.Split) -> dict:
 
 
 def find_start(config: TrainConfig, world: distributed.World, wanted: dict) -> Path | None:
-    """The verified step folder to resume, or None. Rank 0 looks, all hear. Call on every rank."""
+    """The step folder to go on from, or None. Rank 0 looks and all hear. Call on every rank."""
     path, error = None, None
     if world.is_main:
-        run_dir = Path(config.out_dir)
         try:
-            if config.resume == "auto":
-                path = checkpoint.newest_good(run_dir)
-            else:
-                path = None if config.resume == "never" else checkpoint.find(config.resume)
-                if checkpoint.steps(run_dir) and (path is None or path.parent != run_dir):
-                    raise UserError(
-                        f"{run_dir} holds a run; use --resume=auto to go on, or another --out_dir"
-                    )
-            if path:
-                check_identity(path, wanted)
-                for step in checkpoint.steps(run_dir):
-                    if checkpoint.folder(run_dir, step).name > path.name:
-                        checkpoint.set_aside(checkpoint.folder(run_dir, step), "abandoned")
+            path = checkpoint.find_start(Path(config.out_dir), config.resume, wanted)
         except UserError as found:
             error = str(found)
     path, error = world.from_main((path, error))
@@ -275,21 +222,13 @@ def find_start(config: TrainConfig, world: distributed.World, wanted: dict) -> P
     return path
 
 
-def check_identity(path: Path, wanted: dict) -> None:
-    found = checkpoint.read_meta(path)["identity"]
-    for key, value in wanted.items():
-        if found[key] != value:
-            raise UserError(
-                f"{path} was made with {key}={found[key]}, this run has {value}; restore that setting, "
-                "or start anew with another --out_dir (and --init_from for the weights)"
-            )
-
-
 def load_weights(raw_model: GPT, path: Path) -> dict:
     """Copy a step folder's weights into the model; the folder's meta."""
     meta = checkpoint.read_meta(path)
     found, wanted = meta["identity"]["model"], asdict(raw_model.config)
-    different = {key: found[key] for key in wanted if key != "dropout" and found[key] != wanted[key]}
+    different = {
+        key: found[key] for key in wanted if key != "dropout" and found[key] != wanted[key]
+    }
     if different:
         flags = " ".join(f"--{key}={value}" for key, value in different.items())
         raise UserError(f"{path} holds a model of another shape; its settings are {flags}")
@@ -323,7 +262,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
         weight_decay=config.weight_decay,
         betas=(config.beta1, config.beta2),
     )
-    # A run has few steps, so the scale starts low and grows soon (the defaults are 65,536 and 2,000).
+    # A run has few steps: the scale starts low and grows soon (defaults: 65,536 and 2,000).
     scaler = torch.amp.GradScaler(
         world.device.type, init_scale=2.0**13, growth_interval=200, enabled=dtype == torch.float16
     )
@@ -349,10 +288,35 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     )
 
 
+@torch.no_grad()
+def evaluate(
+    training: Training,
+    split: dataset.Split,
+    world: distributed.World,
+    config: TrainConfig,
+    *,
+    n_rows: int,
+) -> float:
+    """Mean loss over the first `n_rows` validation rows, shared out. Call on every rank."""
+    training.raw_model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
+    size = config.micro_batch_size
+    for start in range(world.rank * size, n_rows, world.size * size):
+        rows = list(range(start, min(start + size, n_rows)))
+        batch = dataset.read_batch(split, rows, config.block_size, config.loss_on)
+        with autocast(world.device, training.dtype):
+            losses = training.raw_model(*batch.to(world.device))
+        totals[0] += losses.double().sum()
+        totals[1] += losses.numel()
+    training.raw_model.train()
+    loss_sum, n_targets = world.sum(totals).tolist()
+    return loss_sum / n_targets
+
+
 def save(
     config: TrainConfig, step: int, training: Training, log: metrics.RunLog, val_loss: float | None
 ) -> None:
-    """Publish the checkpoint of `step` and prune; a full disk costs this checkpoint, not the run."""
+    """Publish the checkpoint of `step` and prune; a full disk costs it, not the run."""
     run_dir = Path(config.out_dir)
     state = {
         "optimizer": training.optimizer.state_dict(),
@@ -383,9 +347,7 @@ def open_log(
     max_steps: int,
 ) -> metrics.RunLog:
     """The run's log; rank 0 writes config.json and says what is about to run."""
-    name = str(world.device)
-    if world.device.type == "cuda":
-        name = torch.cuda.get_device_name(world.device)
+    name = device_name(world.device)
     outputs = None
     if world.is_main:
         run_dir = Path(config.out_dir)
@@ -394,7 +356,7 @@ def open_log(
             "settings": asdict(config),
             "parameters": training.raw_model.n_parameters(),
             "max_steps": max_steps,
-            "tokens_per_step": config.rows_per_step * config.block_size,
+            "tokens_per_step": training.identity["rows_per_step"] * config.block_size,
             "world_size": world.size,
             "device": name,
             "dtype": str(training.dtype).removeprefix("torch."),
@@ -403,8 +365,8 @@ def open_log(
         write_atomically(run_dir / "config.json", json.dumps(facts, indent=2))
         print(settings.describe(config, origins))
         print(
-            f"{facts['parameters']:,} parameters, {max_steps:,} steps of {facts['tokens_per_step']:,} "
-            f"tokens, {world.size} x {name}, {facts['dtype']}, torch {facts['torch']}",
+            f"{facts['parameters']:,} parameters, {max_steps:,} steps of "
+            f"{facts['tokens_per_step']:,} tokens, {world.size} x {name}, {facts['dtype']}, torch {facts['torch']}",
             flush=True,
         )
         wandb = None
@@ -429,16 +391,22 @@ def open_log(
 
 def main(config: TrainConfig, origins: dict[str, str]) -> None:
     train_split, val_split = open_splits(config)
-    max_steps = count_steps(config, train_split.n_rows(config.block_size))
+    order = dataset.RowOrder(
+        n_rows=train_split.n_rows(config.block_size),
+        micro_batch_size=config.micro_batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+    max_steps = count_steps(config, order)
     with distributed.start(config.device) as world:
-        n_micro_steps = micro_steps_per_rank(config, world.size)
+        check_divides(config, world.size)
         stop = distributed.StopSignal()
         training = build(config, world, train_split)
         log = open_log(config, origins, world, training, max_steps)
         if training.first_step == max_steps:
-            log.say(f"the run is complete: {max_steps} steps, {config.out_dir}")
+            log.say(f"the run is complete: {max_steps} steps in {config.out_dir}")
         else:
-            loop(config, world, training, log, stop, train_split, val_split, max_steps, n_micro_steps)
+            loop(config, world, training, log, stop, (train_split, val_split), order, max_steps)
         log.close()
 
 
@@ -448,39 +416,35 @@ def loop(
     training: Training,
     log: metrics.RunLog,
     stop: distributed.StopSignal,
-    train_split: dataset.Split,
-    val_split: dataset.Split,
+    splits: tuple[dataset.Split, dataset.Split],
+    order: dataset.RowOrder,
     max_steps: int,
-    n_micro_steps: int,
 ) -> None:
     """One pass for each step: evaluate and save what is due, then train. Call on every rank.
 
     `step` counts the updates that are done. The last pass only evaluates and saves.
     """
-    raw_model, scaler = training.raw_model, training.scaler
-    n_rows = train_split.n_rows(config.block_size)
+    train_split, val_split = splits
     n_val_rows = val_split.n_rows(config.block_size)
     n_eval_rows = min(config.eval_rows, n_val_rows) if config.eval_rows else n_val_rows
     best_loss = checkpoint.best_loss(Path(config.out_dir))
-
-    def validation_loss(n_rows: int) -> float:
-        return evaluate(raw_model, val_split, world, config, n_rows=n_rows, dtype=training.dtype)
-
     # A broken evaluation shows in the first minute, not at the first interval.
-    loss = validation_loss(min(n_eval_rows, 2 * config.micro_batch_size * world.size))
+    two_batches = min(n_eval_rows, 2 * config.micro_batch_size * world.size)
+    loss = evaluate(training, val_split, world, config, n_rows=two_batches)
     log.say(f"step {training.first_step:>6}: validation loss of two batches {loss:.4f}")
     log.restart_clock()
     for step in range(training.first_step, max_steps + 1):
         stopping = world.any(stop.requested)
         is_last = stopping or step == max_steps
-        eval_due = step > training.first_step and (step % config.eval_interval == 0 or step == max_steps)
-        save_due = step > training.first_step and (step % config.save_interval == 0 or is_last)
+        is_new = step > training.first_step  # a resumed step was evaluated and saved before
+        eval_due = is_new and (step % config.eval_interval == 0 or step == max_steps)
+        save_due = is_new and (step % config.save_interval == 0 or is_last)
         if eval_due or save_due:
             log.flush(max_steps - step)
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
-                val_loss = validation_loss(n_eval_rows)
+                val_loss = evaluate(training, val_split, world, config, n_rows=n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
                 if val_loss < best_loss:
                     best_loss, save_due = val_loss, True
@@ -491,41 +455,60 @@ def loop(
             if stopping:
                 log.say(f"stopped by a signal at step {step}; the same command goes on from there")
             return
-        learning_rate = optim.lr_at(
-            step,
-            max_steps=max_steps,
-            warmup_steps=config.warmup_steps,
-            learning_rate=config.learning_rate,
-            min_learning_rate=config.min_learning_rate,
-        )
-        optim.set_learning_rate(training.optimizer, learning_rate)
-        rows = dataset.sample_rows(
-            step * config.rows_per_step, config.rows_per_step, n_rows, config.seed
-        )
-        n_targets = dataset.count_targets(train_split, rows, config.block_size, config.loss_on)
-        stats = train_step(
-            training.model,
-            training.optimizer,
-            scaler,
-            micro_batches(config, train_split, world, step),
-            n_micro_steps=n_micro_steps,
-            n_targets=n_targets,
-            world_size=world.size,
-            dtype=training.dtype,
-            device=world.device,
-            grad_clip=config.grad_clip,
-            seed=config.seed,
-        )
-        n_tokens = config.rows_per_step * config.block_size
-        fields = {
-            "step": step,
-            "lr": learning_rate,
-            "epoch": step * config.rows_per_step / n_rows,
-            "tokens": (step + 1) * n_tokens,
-        }
-        log.train(fields, stats, n_tokens=n_tokens, flops=raw_model.flops(n_tokens, n_targets))
+        train_one(config, world, training, log, train_split, order, step, max_steps)
         if (step + 1) % config.log_interval == 0:
             log.flush(max_steps - step - 1)
+
+
+def train_one(
+    config: TrainConfig,
+    world: distributed.World,
+    training: Training,
+    log: metrics.RunLog,
+    split: dataset.Split,
+    order: dataset.RowOrder,
+    step: int,
+    max_steps: int,
+) -> None:
+    """Take the step that follows `step` updates, and queue its figures. Call on every rank."""
+    learning_rate = optim.lr_at(
+        step,
+        max_steps=max_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        min_learning_rate=config.min_learning_rate,
+    )
+    optim.set_learning_rate(training.optimizer, learning_rate)
+    n_targets = dataset.count_targets(split, order.step(step), config.block_size, config.loss_on)
+    numbers = order.numbers(step, world.rank, world.size)
+    stats = train_step(
+        training.model,
+        training.optimizer,
+        training.scaler,
+        ((n, read_micro_batch(config, split, order, n)) for n in numbers),
+        n_micro_steps=len(numbers),
+        n_targets=n_targets,
+        world_size=world.size,
+        dtype=training.dtype,
+        device=world.device,
+        grad_clip=config.grad_clip,
+        seed=config.seed,
+    )
+    n_tokens = order.rows_per_step * config.block_size
+    fields = {
+        "step": step,
+        "lr": learning_rate,
+        "epoch": order.epoch(step),
+        "tokens": (step + 1) * n_tokens,
+    }
+    flops = training.raw_model.flops(n_tokens, n_targets)
+    log.train(fields, stats, n_tokens=n_tokens, flops=flops)
+
+
+def read_micro_batch(
+    config: TrainConfig, split: dataset.Split, order: dataset.RowOrder, number: int
+) -> dataset.Batch:
+    return dataset.read_batch(split, order.micro_batch(number), config.block_size, config.loss_on)
 
 
 if __name__ == "__main__":

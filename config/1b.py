@@ -1,5 +1,5 @@
-# "1B": 760,372,224 parameters. One epoch of OpenHermes-2.5, 65,536 tokens a step on any number of GPUs
-# that divides 8.
+# "1B": 760,372,224 parameters. One epoch of OpenHermes-2.5 in steps of 65,536
+# tokens, on any number of GPUs that divides 8.
 data_dir = "data/openhermes"
 out_dir = "out/1b"
 

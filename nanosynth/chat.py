@@ -100,7 +100,7 @@ def prompt_ids(turns: Sequence[Turn]) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Text of `ids`, special ids spelt out; a padding id is shown as <|ID|>, torn UTF-8 as U+FFFD."""
+    """Text of `ids`, special ids spelt out; a padding id shows as <|ID|>, torn UTF-8 as U+FFFD."""
     return b"".join(token_text(id) for id in ids).decode("utf-8", errors="replace")
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: save, find, verify, read. Knows tensors and names, not the model.
 
 out/RUN/step_NNNNNN/ holds model.safetensors, train_state.pt and meta.json, which has the size and
-SHA-256 of the others and of itself. A folder is written under a temporary name, synced and renamed, so
-one with a step's name is whole; it is verified all the same before anything in it is used.
+SHA-256 of the others and of itself. A folder is written under a temporary name, synced and renamed,
+so one with a step's name is whole; it is verified all the same before anything in it is used.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def save(
         first = first_names.setdefault(tensor.data_ptr(), name)
         if first != name:
             aliases[name] = first
-    stored = {name: tensor.detach().contiguous() for name, tensor in model.items() if name not in aliases}
+    stored = {name: model[name].contiguous() for name in model if name not in aliases}
     files = {}
     with HashedFile(temporary / MODEL) as file:
         file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
@@ -63,7 +63,8 @@ def save(
     with HashedFile(temporary / TRAIN_STATE) as file:
         torch.save(train_state, file)
     files[TRAIN_STATE] = file.summary()
-    meta = {"format_version": FORMAT_VERSION, "step": step, **meta, "aliases": aliases, "files": files}
+    meta = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases, **meta}
+    meta["files"] = files
     with HashedFile(temporary / META) as file:
         file.write(_serialise(meta))
     sync_folder(temporary)
@@ -107,7 +108,8 @@ def verify(path: Path) -> dict:
         if file_path.is_symlink() or not file_path.is_file():
             raise Damaged(f"{file_path} is missing or not a plain file")
         if file_path.stat().st_size != wanted["bytes"]:
-            raise Damaged(f"{file_path} has {file_path.stat().st_size} bytes, not {wanted['bytes']}")
+            found = file_path.stat().st_size
+            raise Damaged(f"{file_path} has {found} bytes, not {wanted['bytes']}")
         with open(file_path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
                 raise Damaged(f"{file_path} is not as it was written: SHA-256 differs")
@@ -152,7 +154,7 @@ def best(run_dir: Path) -> Path | None:
 
 
 def find(run: str, step: str = "best") -> Path:
-    """A verified step folder of a run: step 'best', 'latest' or a number; `run` may be the folder."""
+    """A run's verified step folder: 'best', 'latest' or a number; `run` may be the folder."""
     run_dir = Path(run)
     if re.fullmatch(r"step_\d{6,}", run_dir.name):
         path = run_dir
@@ -171,6 +173,33 @@ def find(run: str, step: str = "best") -> Path:
     return path
 
 
+def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
+    """The verified step folder that a run of this `identity` goes on from, or None for a new run.
+
+    `resume` is 'auto', 'never' or a step folder; step folders behind the chosen one are set aside.
+    """
+    if resume == "auto":
+        path = newest_good(run_dir)
+    else:
+        path = None if resume == "never" else find(resume)
+        if steps(run_dir) and (path is None or path.parent != run_dir):
+            wanted = "use --resume=auto to go on, or another --out_dir"
+            raise UserError(f"{run_dir} holds a run; {wanted}")
+    if path is None:
+        return None
+    found = read_meta(path)["identity"]
+    for key, value in identity.items():
+        if found[key] != value:
+            raise UserError(
+                f"{path} was made with {key}={found[key]}, this run has {value}; restore that "
+                "setting, or start anew with another --out_dir (and --init_from for the weights)"
+            )
+    for step in steps(run_dir):
+        if folder(run_dir, step).name > path.name:
+            set_aside(folder(run_dir, step), "abandoned")
+    return path
+
+
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
     """The model's tensors on the CPU, under all their names. Verify first."""
     tensors = safetensors.torch.load_file(path / MODEL)
@@ -185,7 +214,7 @@ def read_train_state(path: Path) -> dict:
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` folders and the best one, and name the best in `best`."""
+    """Delete all but the newest `keep_last` folders and the best one; name the best in `best`."""
     best_path = best(run_dir)
     if best_path:
         write_atomically(run_dir / "best", best_path.name)

@@ -1,9 +1,9 @@
 """The bin format: writing it, checking it, reading it, and the batch as a pure function.
 
 data/NAME/{train,val}.bin are little-endian uint16 token ids, documents end to end; the uint8
-{train,val}_mask.bin beside them are 1 on assistant tokens. meta.json comes last: a folder that has it
-is complete. Reads are positioned reads, not memory maps: a file shortened under a run is an error with
-its place, not a SIGBUS, and resident memory stays flat.
+{train,val}_mask.bin beside them are 1 on assistant tokens. meta.json comes last: a folder that has
+it is complete. Reads are positioned reads, not memory maps: a file shortened under a run is an
+error with its place, not a SIGBUS, and resident memory stays flat.
 """
 
 import functools
@@ -12,6 +12,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ SPLITS = ("train", "val")
 
 
 class BinWriter:
-    """Collects the documents of both splits in reading order; `finish` shuffles and publishes them."""
+    """Collects documents of both splits in reading order; `finish` shuffles and publishes them."""
 
     def __init__(self, data_dir: str):
         self.data_dir = Path(data_dir)
@@ -50,7 +51,7 @@ class BinWriter:
         self.lengths[split].append(len(ids))
 
     def finish(self, meta: dict, seed: int) -> None:
-        """Write the bins in a seeded random order of documents, then publish them with meta.json."""
+        """Write the bins in a seeded random order of documents, then publish with meta.json."""
         files = {}
         for split in SPLITS:
             lengths = np.array(self.lengths[split], dtype=np.int64)
@@ -160,7 +161,7 @@ class Batch(NamedTuple):
 
     ids: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64, the tokens that count
-    logit_index: Tensor | None  # (N,) int64 places of the targets in the flattened (B*T), None = all
+    logit_index: Tensor | None  # (N,) int64, their places in the flattened (B*T); None: all
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`; from pinned memory, so that the host does not wait for a GPU."""
@@ -174,21 +175,48 @@ def _permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_rows)
 
 
-def sample_rows(start: int, count: int, n_rows: int, seed: int) -> list[int]:
-    """The rows of samples start .. start + count - 1 of the endless global order.
+@dataclass(frozen=True, kw_only=True)
+class RowOrder:
+    """Which rows each step and micro-batch takes, by arithmetic alone.
 
-    Each epoch is a permutation of all rows, seeded by (seed, epoch), so the order needs no state and is
-    the same for any number of GPUs. Micro-batch m of a run is samples [m * B, (m + 1) * B).
+    Each epoch is a permutation of all rows, seeded by (seed, epoch); the epochs follow one another
+    without end. So the order needs no state, and is the same for any number of GPUs: micro-batches
+    are numbered through the whole run, and a step's are dealt to the ranks in turn.
     """
-    rows = []
-    for sample in range(start, start + count):
-        epoch, place = divmod(sample, n_rows)
-        rows.append(int(_permutation(n_rows, seed, epoch)[place]))
-    return rows
+
+    n_rows: int
+    micro_batch_size: int  # rows of one micro-batch
+    micro_batches_per_step: int  # over all ranks
+    seed: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_size * self.micro_batches_per_step
+
+    def numbers(self, step: int, rank: int, world_size: int) -> range:
+        """The micro-batches that a rank takes in a step."""
+        first = step * self.micro_batches_per_step
+        return range(first + rank, first + self.micro_batches_per_step, world_size)
+
+    def micro_batch(self, number: int) -> list[int]:
+        """The rows of one micro-batch."""
+        return self._samples(number * self.micro_batch_size, self.micro_batch_size)
+
+    def step(self, step: int) -> list[int]:
+        """The rows of a whole step."""
+        return self._samples(step * self.rows_per_step, self.rows_per_step)
+
+    def epoch(self, step: int) -> float:
+        """Epochs seen before a step."""
+        return step * self.rows_per_step / self.n_rows
+
+    def _samples(self, start: int, count: int) -> list[int]:
+        places = (divmod(sample, self.n_rows) for sample in range(start, start + count))
+        return [int(_permutation(self.n_rows, self.seed, epoch)[place]) for epoch, place in places]
 
 
 def read_batch(split: Split, rows: list[int], block_size: int, loss_on: str) -> Batch:
-    """Rows as inputs and next-token targets; loss_on 'assistant' keeps the targets the mask marks."""
+    """Rows as inputs and next-token targets; 'assistant' keeps the targets that the mask marks."""
     tokens = np.stack([split.ids(row * block_size, block_size + 1) for row in rows])  # (B, T+1)
     ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
     targets = torch.from_numpy(tokens[:, 1:].astype(np.int64)).flatten()

@@ -1,4 +1,4 @@
-"""The process group, and the signals that ask a run to stop. The only reader of torchrun's environment.
+"""The process group, and the signals that stop a run. The only reader of torchrun's environment.
 
 A plain `python train.py` is a world of one and has no process group. What must agree between ranks
 travels as CPU tensors over gloo; gradients travel over nccl on CUDA.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nanosynth import UserError
+from nanosynth.device import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def start(device: str, timeout_seconds: int = 600) -> Iterator[World]:
     """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N')."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
@@ -67,21 +67,6 @@ def start(device: str, timeout_seconds: int = 600) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
-
-
-def _choose_device(device: str, local_rank: int) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device={device}; wanted auto, cpu, cuda or cuda:N") from None
-    if chosen.type != "cuda":
-        return chosen
-    index = local_rank if chosen.index is None else chosen.index
-    if index >= torch.cuda.device_count():
-        raise UserError(f"--device={device}: no GPU {index}, {torch.cuda.device_count()} found")
-    return torch.device("cuda", index)
 
 
 class StopSignal:

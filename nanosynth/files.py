@@ -36,7 +36,7 @@ class HashedFile:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content`: after a crash it holds the old content or the new, never a part."""
+    """Replace `path` by `content`: a crash leaves the old content or the new, never a part."""
     temporary = path.with_name(f".tmp-{path.name}")
     with HashedFile(temporary) as file:
         file.write(content.encode())

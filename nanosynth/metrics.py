@@ -103,7 +103,9 @@ class WandbThread:
             run = wandb.init(**self._options, config=self._config, resume="allow")
             while (record := self._records.get()) is not None:
                 split = record["split"]
-                values = {f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")}
+                values = {
+                    f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")
+                }
                 run.log(values, step=record["step"])
             run.finish()
         except BaseException as error:  # wandb may raise anything, and none of it ends a run
@@ -167,7 +169,7 @@ class RunLog:
         self._clock = time.perf_counter()
 
     def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
-        """Queue a step: its fields, and this rank's stats [share of loss, grad_norm, loss_scale]."""
+        """Queue a step: its fields, and this rank's [share of the loss, grad_norm, scale]."""
         self._pending.append((fields, stats, n_tokens, flops))
 
     def flush(self, steps_left: int) -> list[dict]:

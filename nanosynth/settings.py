@@ -1,4 +1,4 @@
-"""Settings: dataclass defaults < config file < --key=value, under one check. The only reader of argv.
+"""Settings: defaults < config file < --key=value, under one check. The only reader of argv.
 
 A script declares a frozen, keyword-only dataclass whose fields are made by `setting`, and calls
 `run(main, Settings)`. A config file is plain Python assignments; names with a leading underscore
@@ -25,7 +25,7 @@ def setting(default: object, help: str) -> typing.Any:
 
 
 def run(main: Callable, cls: type, *, config_file: bool = False) -> None:
-    """Read argv into `cls` and call main(settings, origins); a UserError becomes one line, exit 1."""
+    """Read argv into `cls`, call main(settings, origins); a UserError becomes one line, exit 1."""
     script = os.path.basename(sys.argv[0])
     try:
         settings, origins = load(cls, sys.argv[1:], script, config_file=config_file)
@@ -37,7 +37,7 @@ def run(main: Callable, cls: type, *, config_file: bool = False) -> None:
 
 
 def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) -> tuple:
-    """(settings, origins): an instance of `cls`, and for each field the place its value came from."""
+    """(settings, origins): an instance of `cls`, and where each of its values came from."""
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, script, config_file=config_file))
         sys.exit(0)
@@ -54,6 +54,8 @@ def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) 
             origins[name] = path
     for flag in (argument for argument in argv if argument.startswith("-")):
         name, equals, text = flag.removeprefix("--").partition("=")
+        if not equals and field_types.get(name) is bool:
+            equals, text = "=", "True"
         if not equals or not flag.startswith("--"):
             raise UserError(f"cannot read {flag!r}; flags are written --key=value, see --help")
         values[name] = check(name, text, field_types, "the command line", parse=True)
@@ -128,10 +130,7 @@ def help_text(cls: type, script: str, *, config_file: bool) -> str:
         for f in dataclasses.fields(cls)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[3]
-        for row in rows
-    ]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
     return "\n".join([(cls.__doc__ or "").strip(), "", usage, "", *lines])
 
 
@@ -140,6 +139,5 @@ def describe(settings: object, origins: dict[str, str]) -> str:
     values = dataclasses.asdict(settings)
     width = max(map(len, values))
     return "\n".join(
-        f"  {name:<{width}} = {value!r}" + ("" if origins[name] == "default" else f"  ({origins[name]})")
-        for name, value in values.items()
+        f"  {name:<{width}} = {value!r}  ({origins[name]})" for name, value in values.items()
     )

@@ -35,7 +35,7 @@ class Reject(Exception):
 
 @dataclass
 class Source:
-    """Rows and their provenance. `rows()` reads from the start and moves `position` towards `size`."""
+    """Rows and their provenance. `rows()` reads from the start and moves `position` up to `size`."""
 
     identity: dict  # what names these very rows: source, and its revision or SHA-256
     size: int  # in `unit`
@@ -156,8 +156,8 @@ def _hub_source(name: str, revision: str | None) -> Source:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot get {name} from the hub: {reason}\n  Without a network, bring its file here by "
-            "other means and run: python prepare.py --source=FILE.json --data_dir=data/NAME"
+            f"cannot get {name} from the hub: {reason}\n  Without a network, bring its file here "
+            "by other means and run: python prepare.py --source=FILE.json --data_dir=data/NAME"
         ) from error
 
     def read(source: Source) -> Iterator[object]:
@@ -172,7 +172,7 @@ def conversation(row: object) -> list[Turn]:
     """The turns of one row: an optional system turn, then user and assistant in alternation.
 
     Takes `conversations` (from/value), `messages` (role/content) and instruction rows. Keys may be
-    missing or null: OpenHermes leaves out most columns of most rows. An empty system turn is left out.
+    missing or null: OpenHermes leaves out most columns of most rows. An empty system turn is dropped.
     """
     if isinstance(row, Reject):
         raise row
@@ -185,9 +185,8 @@ def conversation(row: object) -> list[Turn]:
         turns = _instruction_turns(row)
     else:
         raise Reject("no conversations, messages or instruction")
-    if turns and turns[0][0] == "system":
-        if not turns[0][1].strip():
-            turns = turns[1:]
+    if turns and turns[0][0] == "system" and not turns[0][1].strip():
+        turns = turns[1:]
     _check_turns(turns)
     return turns
 

@@ -1,0 +1,42 @@
+"""Which device computes, and in which dtype."""
+
+import torch
+
+from nanosynth import UserError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto', 'cpu', 'cuda' (the GPU of this rank) or 'cuda:N' as a device that exists."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name}; wanted auto, cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device={name}: no GPU {index}, {torch.cuda.device_count()} found")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; 'auto' takes the fastest that the device has."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or 'cpu'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision over float32 weights; nothing at float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

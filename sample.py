@@ -1,0 +1,300 @@
+"""Generate text from a run: one prompt, a conversation in the terminal, or a file of prompts.
+
+Usage:
+    python sample.py --run=out/demo --prompt="What is 7 + 5?"
+    python sample.py --run=out/demo --chat
+    python sample.py --run=out/demo --prompts=prompts.txt --num_samples=4
+    python sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0
+"""
+
+import codecs
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, KVCache
+from nanosynth import UserError, chat, checkpoint, dataset, settings
+from nanosynth.device import choose_device, choose_dtype
+from nanosynth.files import write_atomically
+from nanosynth.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Generate text from a trained run."""
+
+    run: str = setting("out/demo", "a run's folder, or one of its step folders")
+    step: str = setting("best", "which checkpoint: best, latest or a step's number")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto", "of weights and cache; auto: float16 on CUDA, bfloat16 on a CPU that has it"
+    )
+    prompt: str = setting("", "one prompt; its answer goes to the terminal")
+    system: str = setting("", "a system turn before the prompt")
+    template: bool = setting(True, "the prompt is a user's turn; False: plain text to continue")
+    chat: bool = setting(False, "a conversation in the terminal")
+    prompts: str = setting("", "file: .txt (one a line), .jsonl (prompt, answer) or a split's .bin")
+    num_prompts: int = setting(0, "take the first so many of the file; 0: all")
+    num_samples: int = setting(1, "answers to each prompt")
+    batch_size: int = setting(64, "sequences generated together")
+    output_dir: str = setting("", "where generations.jsonl and .txt go; empty: the run's folder")
+    max_new_tokens: int = setting(256, "longest answer; half the context at most")
+    temperature: float = setting(0.8, "0: always the likeliest token")
+    top_k: int = setting(0, "keep the k likeliest tokens; 0: all")
+    top_p: float = setting(0.95, "keep the likeliest tokens up to this much probability")
+    seed: int = setting(42, "of the sampling; an answer depends on no other one")
+
+    def __post_init__(self):
+        if self.chat + bool(self.prompt) + bool(self.prompts) != 1:
+            raise UserError("wanted one of --prompt=TEXT, --prompts=FILE and --chat")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("wanted --temperature and --top_k of 0 or more, --top_p in (0, 1]")
+        if min(self.max_new_tokens, self.num_samples, self.batch_size) < 1 or self.num_prompts < 0:
+            raise UserError("wanted --max_new_tokens, --num_samples, --batch_size of 1 or more")
+
+
+def load_model(config: SampleConfig) -> GPT:
+    path = checkpoint.find(config.run, config.step)
+    meta = checkpoint.read_meta(path)
+    device = choose_device(config.device)
+    model = GPT(GPTConfig(**meta["identity"]["model"]))
+    model.load_state_dict(checkpoint.read_model(path, meta))
+    return model.to(device, choose_dtype(config.dtype, device)).eval()
+
+
+def pick(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """The next ids (B,) from logits (B, V); `uniforms` (B,) in [0, 1) are the only randomness."""
+    logits = logits[:, : chat.N_IDS].float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    values, ids = logits.topk(top_k if 0 < top_k < chat.N_IDS else chat.N_IDS)  # sorted, (B, K)
+    probabilities = torch.softmax(values / temperature, dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities[before >= top_p] = 0.0  # the likeliest token always stays
+    cumulative = probabilities.cumsum(dim=-1)
+    thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, thresholds, right=True)
+    return ids.gather(1, places.clamp(max=ids.shape[1] - 1)).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT,
+    prompts: list[list[int]],
+    streams: list[np.random.Generator],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Iterator[list[int | None]]:
+    """Step by step, the next id of each prompt's continuation; None once a stop id has been given.
+
+    Row b draws from streams[b] alone. Prompts and continuations must fit the context.
+    """
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    padded = [prompt + [chat.END_OF_TEXT] * (longest - len(prompt)) for prompt in prompts]
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, like=model.lm_head.weight)
+    last = torch.arange(len(prompts)) * longest + lengths - 1
+    logits = model(torch.tensor(padded).to(device), logit_index=last.to(device), cache=cache)
+    cache.advance(lengths.to(device))
+    finished = [False] * len(prompts)
+    for n_new in range(1, max_new_tokens + 1):
+        uniforms = torch.tensor([generator.random() for generator in streams], device=device)
+        next_ids = pick(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+        values = next_ids.tolist()
+        yield [None if done else id for id, done in zip(values, finished, strict=True)]
+        finished = [done or id in chat.STOP_IDS for id, done in zip(values, finished, strict=True)]
+        if all(finished) or n_new == max_new_tokens:
+            return
+        logits = model(next_ids[:, None], cache=cache)
+        cache.advance(torch.ones_like(next_ids))
+
+
+def generate(
+    model: GPT, prompts: list[list[int]], numbers: list[int], config: SampleConfig
+) -> list:
+    """The continuations' ids, stop id included; answer `numbers[b]` of the seed for prompt b."""
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for ids in _stream(model, prompts, numbers, config):
+        for continuation, id in zip(continuations, ids, strict=True):
+            if id is not None:
+                continuation.append(id)
+    return continuations
+
+
+def _stream(
+    model: GPT, prompts: list[list[int]], numbers: list[int], config: SampleConfig
+) -> Iterator[list[int | None]]:
+    return stream(
+        model,
+        prompts,
+        [np.random.default_rng([config.seed, number]) for number in numbers],
+        max_new_tokens=min(config.max_new_tokens, model.config.block_size // 2),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def fit(ids: list[int], model: GPT, config: SampleConfig) -> list[int]:
+    """The last tokens of a prompt, as many as leave room for the answer; says what it drops."""
+    room = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
+    if len(ids) > room:
+        found = f"a prompt of {len(ids)} tokens in a context of {model.config.block_size}"
+        print(f"{found}: its first {len(ids) - room} are dropped", file=sys.stderr)
+    return ids[-room:]
+
+
+def encode_prompt(text: str, config: SampleConfig) -> list[int]:
+    if not config.template:
+        return chat.tokenizer().encode_ordinary(text)
+    system = [("system", config.system)] if config.system else []
+    return chat.prompt_ids([*system, ("user", text)])
+
+
+def stream_text(model: GPT, prompt: list[int], number: int, config: SampleConfig) -> str:
+    """Print the answer as it comes, whole characters at a time; the answer's text."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = ""
+    for (id,) in _stream(model, [prompt], [number], config):
+        piece = decoder.decode(b"" if id in chat.STOP_IDS else chat.token_text(id))
+        print(piece, end="", flush=True)
+        text += piece
+    print(decoder.decode(b"", final=True))
+    return text
+
+
+def converse(model: GPT, config: SampleConfig) -> None:
+    """A conversation in the terminal; the oldest turns leave when the context is full."""
+    print("an empty line ends the conversation, /new starts another")
+    system = [("system", config.system)] if config.system else []
+    room = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
+    turns: list[chat.Turn] = []
+    number = 0
+    while text := _read_line("you> "):
+        if text == "/new":
+            turns = []
+            continue
+        turns.append(("user", text))
+        while len(turns) > 2 and len(chat.prompt_ids([*system, *turns])) > room:
+            print("(the context is full: the oldest turn is dropped)")
+            turns = turns[2:]
+        prompt = fit(chat.prompt_ids([*system, *turns]), model, config)
+        turns.append(("assistant", stream_text(model, prompt, number, config)))
+        number += 1
+
+
+def _read_line(sign: str) -> str:
+    try:
+        return input(sign).strip()
+    except EOFError:
+        return ""
+
+
+def read_prompts(config: SampleConfig) -> list[tuple[list[int], str | None]]:
+    """(prompt ids, reference answer or None) of each line of a file, or each answer of a split."""
+    path = Path(config.prompts)
+    if not path.is_file():
+        raise UserError(f"no file {config.prompts!r}; wanted .txt, .jsonl or a split's .bin")
+    pairs: list[tuple[list[int], str | None]] = []
+    if path.suffix == ".bin":
+        for ids, mask in dataset.Split(str(path.parent), path.stem).documents():
+            for prompt, answer in dataset.prompts_and_answers(ids, mask):
+                pairs.append((prompt, chat.decode(answer).removesuffix("<|im_end|>")))
+    else:
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if line.strip():
+                text, answer = _read_prompt(line, path, number)
+                pairs.append((encode_prompt(text, config), answer))
+    if not pairs:
+        raise UserError(f"{path} has no prompt")
+    return pairs[: config.num_prompts or None]
+
+
+def _read_prompt(line: str, path: Path, number: int) -> tuple[str, str | None]:
+    if path.suffix != ".jsonl":
+        return line, None
+    try:
+        row = json.loads(line)
+        return row["prompt"], row.get("answer")
+    except (ValueError, KeyError, TypeError):
+        wanted = '{"prompt": "...", "answer": "..."}, the answer as you like'
+        raise UserError(f"{path}, line {number}: wanted {wanted}") from None
+
+
+def answer_all(model: GPT, config: SampleConfig) -> list[dict]:
+    """A record for each sample of each prompt, in the file's order."""
+    records = []
+    for prompt, answer in read_prompts(config):
+        for sample in range(config.num_samples):
+            record = {"prompt": chat.decode(prompt), "sample": sample, "answer": answer}
+            records.append((fit(prompt, model, config), record))
+    by_length = sorted(range(len(records)), key=lambda number: len(records[number][0]))
+    for start in tqdm(range(0, len(records), config.batch_size), unit="batch", disable=None):
+        numbers = by_length[start : start + config.batch_size]
+        continuations = generate(model, [records[n][0] for n in numbers], numbers, config)
+        for number, ids in zip(numbers, continuations, strict=True):
+            ended = ids[-1] in chat.STOP_IDS
+            record = records[number][1]
+            record["text"] = chat.decode(ids[:-1] if ended else ids)
+            record["finish"] = "stop" if ended else "length"
+            record["tokens"] = len(ids)
+            if record["answer"] is not None:
+                record["exact"] = ended and record["text"] == record["answer"]
+    return [record for _, record in records]
+
+
+def write_generations(records: list[dict], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        folder / "generations.jsonl",
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+    )
+    pages = []
+    for record in records:
+        page = (
+            f"{record['prompt']}{record['text']}\n[{record['finish']}, {record['tokens']} tokens]"
+        )
+        if "exact" in record:
+            wanted = "exactly right" if record["exact"] else f"wanted: {record['answer']}"
+            page += f" {wanted}"
+        pages.append(page)
+    write_atomically(folder / "generations.txt", "\n\n----\n\n".join(pages) + "\n")
+
+
+def main(config: SampleConfig, origins: dict[str, str]) -> None:
+    model = load_model(config)
+    if config.chat:
+        converse(model, config)
+    elif config.prompt:
+        prompt = fit(encode_prompt(config.prompt, config), model, config)
+        for sample in range(config.num_samples):
+            stream_text(model, prompt, sample, config)
+    else:
+        records = answer_all(model, config)
+        run_dir = Path(config.run)
+        folder = Path(config.output_dir or (run_dir.parent if "step_" in run_dir.name else run_dir))
+        write_generations(records, folder)
+        ended = sum(record["finish"] == "stop" for record in records)
+        print(f"{len(records)} answers, {ended} ended by themselves: {folder / 'generations.txt'}")
+        scored = [record["exact"] for record in records if "exact" in record]
+        if scored:
+            share = sum(scored) / len(scored)
+            print(f"exactly right: {sum(scored)} of {len(scored)} ({share:.1%})")
+
+
+if __name__ == "__main__":
+    settings.run(main, SampleConfig)

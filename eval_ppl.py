@@ -10,14 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from model import GPT, GPTConfig
-from nanosynth import UserError, chat, checkpoint, dataset, distributed, settings
-from nanosynth.device import autocast, choose_dtype
-from nanosynth.files import write_atomically
+from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
 N_RESAMPLES = 1000  # of the bootstrap
@@ -41,6 +34,19 @@ class EvalConfig:
     def __post_init__(self):
         if self.stride < 0 or self.batch_size < 1:
             raise UserError("wanted --stride of 0 or more and --batch_size of 1 or more")
+
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(EvalConfig)  # before torch takes its time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import GPT, GPTConfig
+from nanosynth import checkpoint, dataset, distributed
+from nanosynth.device import autocast, choose_dtype
+from nanosynth.files import write_atomically
 
 
 def windows(n_tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -177,4 +183,5 @@ def main(config: EvalConfig, origins: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, EvalConfig)
+    with settings.one_line_errors():
+        main(*arguments)

@@ -13,11 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-import numpy as np
-import tiktoken
-from tqdm import tqdm
-
-from nanosynth import UserError, chat, dataset, settings, sources
+from nanosynth import UserError, chat, settings, sources
 from nanosynth.settings import setting
 
 ROWS_PER_BATCH = 1000  # encoded together
@@ -44,6 +40,16 @@ class PrepareConfig:
             raise UserError(f"--val_fraction={self.val_fraction}; wanted between 0 and 1, as 0.05")
         if self.max_rows < 0 or self.num_threads < 1:
             raise UserError("wanted --max_rows of 0 or more and --num_threads of 1 or more")
+
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(PrepareConfig)  # before torch takes its time
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from nanosynth import dataset
 
 
 class Tally:
@@ -209,4 +215,5 @@ def main(config: PrepareConfig, origins: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, PrepareConfig)
+    with settings.one_line_errors():
+        main(*arguments)

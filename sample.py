@@ -15,15 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from model import GPT, GPTConfig, KVCache
-from nanosynth import UserError, chat, checkpoint, dataset, settings
-from nanosynth.device import choose_device, choose_dtype
-from nanosynth.files import write_atomically
+from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
 
@@ -59,6 +51,20 @@ class SampleConfig:
             raise UserError("wanted --temperature and --top_k of 0 or more, --top_p in (0, 1]")
         if min(self.max_new_tokens, self.num_samples, self.batch_size) < 1 or self.num_prompts < 0:
             raise UserError("wanted --max_new_tokens, --num_samples, --batch_size of 1 or more")
+
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(SampleConfig)  # before torch takes its time
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model import GPT, GPTConfig, KVCache
+from nanosynth import checkpoint, dataset
+from nanosynth.device import choose_device, choose_dtype
+from nanosynth.files import write_atomically
 
 
 def load_model(config: SampleConfig) -> GPT:
@@ -297,4 +303,5 @@ def main(config: SampleConfig, origins: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, SampleConfig)
+    with settings.one_line_errors():
+        main(*arguments)

@@ -14,15 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-
-from model import GPT, GPTConfig
-from nanosynth import UserError, chat, checkpoint, dataset, distributed, metrics, optim, settings
-from nanosynth.device import autocast, choose_dtype, device_name
-from nanosynth.files import write_atomically
+from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
 
@@ -59,6 +51,14 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999")
     grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping")
 
+    spike_sigmas: float = setting(
+        8.0, "skip a step whose loss is so many standard deviations above the last 128; 0: none"
+    )
+    max_skipped_steps: int = setting(20, "steps skipped in a row that end the run")
+    hang_seconds: float = setting(
+        600.0, "a step, save or evaluation that takes longer ends the run"
+    )
+
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
@@ -92,9 +92,13 @@ class TrainConfig:
         for name in ("micro_batch_size", "gradient_accumulation_steps", "block_size", "n_layer"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
-        for name in ("eval_interval", "save_interval", "keep_last", "log_interval"):
+        for name in ("eval_interval", "save_interval", "log_interval", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
+        if self.keep_last < 2:
+            raise UserError(f"--keep_last={self.keep_last}; wanted 2 or more: one may be torn")
+        if self.spike_sigmas < 0 or self.hang_seconds <= 0:
+            raise UserError("wanted --spike_sigmas of 0 or more and --hang_seconds above 0")
         if self.max_steps < 0 or (self.max_steps == 0 and self.epochs <= 0):
             raise UserError("wanted --max_steps of 1 or more, or --epochs above 0")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -103,16 +107,33 @@ class TrainConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}; wanted 0 or more, below 1")
 
-    def model_config(self) -> GPTConfig:
-        return GPTConfig(
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_embd=self.n_embd,
-            block_size=self.block_size,
-            vocab_size=chat.VOCAB_SIZE,
-            dropout=self.dropout,
-            bias=self.bias,
-        )
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(TrainConfig, config_file=True)  # before torch takes its time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig
+from nanosynth import checkpoint, dataset, distributed, metrics, optim
+from nanosynth.device import autocast, choose_dtype, device_name
+from nanosynth.files import write_atomically
+
+MIN_LOSS_SCALE = 1.0  # below it float16 gradients underflow, and the run only seems to train
+
+
+def model_config(config: TrainConfig) -> GPTConfig:
+    return GPTConfig(
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        block_size=config.block_size,
+        vocab_size=chat.VOCAB_SIZE,
+        dropout=config.dropout,
+        bias=config.bias,
+    )
 
 
 def count_steps(config: TrainConfig, order: dataset.RowOrder) -> int:
@@ -142,23 +163,23 @@ def train_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    guard: optim.SpikeGuard,
     batches: Iterable[tuple[int, dataset.Batch]],
     *,
     n_micro_steps: int,
     n_targets: int,
-    world_size: int,
+    world: distributed.World,
     dtype: torch.dtype,
-    device: torch.device,
     grad_clip: float,
     seed: int,
 ) -> Tensor:
-    """One update from this rank's micro-batches; [share of the loss, grad_norm, loss_scale] (3,).
+    """One update from this rank's micro-batches; [loss, grad_norm, loss_scale, n_skipped] (4,).
 
     `n_targets` counts the targets of the step over all ranks: each loss is a sum divided by it, so
-    any division into micro-batches and ranks gives the same mean. A gradient that is not finite, on any
-    rank, leaves weights and optimizer state as they are on all. Call on every rank.
+    any division into micro-batches and ranks gives the same mean. A loss spike, or a gradient that
+    is not finite on any rank, leaves weights and moments as they are on all. Call on every rank.
     """
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=world.device)
     for micro_step, (number, batch) in enumerate(batches):
         # Dropout belongs to the micro-batch, not to the process: a resumed run and any number of
         # ranks draw the same.
@@ -169,20 +190,24 @@ def train_step(
         distributed_model = isinstance(model, DistributedDataParallel)
         alone = model.no_sync() if distributed_model and not is_last else contextlib.nullcontext()
         with alone:
-            with autocast(device, dtype):
-                loss_sum = model(*batch.to(device)).sum()
-            # DDP averages gradients over the ranks; times world_size makes it their sum.
-            scaler.scale(loss_sum * (world_size / n_targets)).backward()
+            with autocast(world.device, dtype):
+                loss_sum = model(*batch.to(world.device)).sum()
+            # DDP averages gradients over the ranks; times their number makes the sum.
+            scaler.scale(loss_sum * (world.size / n_targets)).backward()
         loss += loss_sum.detach() / n_targets
-    loss_scale = scaler.scale(torch.ones((), device=device))
+    world.sum(loss)
+    loss_scale = scaler.scale(torch.ones((), device=world.device))
     scaler.unscale_(optimizer)
     grad_norm = optim.clip_gradients(model.parameters(), grad_clip)
-    if not scaler.is_enabled():
-        optimizer.found_inf = (~grad_norm.isfinite()).float()  # what GradScaler tells fused AdamW
-    scaler.step(optimizer)
+    accepted = guard.accepts(loss) & grad_norm.isfinite()
+    guard.note(loss, accepted)
+    # Fused AdamW leaves everything as it is where found_inf is 1: the way GradScaler.step tells it,
+    # used directly so that every dtype, and a spike as well as an overflow, takes the same path.
+    optimizer.found_inf = (~accepted).float()
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm, loss_scale])
+    return torch.stack([loss, grad_norm, loss_scale, guard.n_skipped])
 
 
 def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
@@ -199,7 +224,7 @@ def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
 def identity(config: TrainConfig, train: dataset.Split) -> dict:
     """What must not change within a run: the model, the data, and the order in which it is seen."""
     return {
-        "model": asdict(config.model_config()),
+        "model": asdict(model_config(config)),
         "seed": config.seed,
         "rows_per_step": config.micro_batch_size * config.gradient_accumulation_steps,
         "loss_on": config.loss_on,
@@ -243,6 +268,7 @@ class Training(NamedTuple):
     model: torch.nn.Module  # raw_model, or DDP around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: optim.SpikeGuard
     dtype: torch.dtype
     identity: dict
     first_step: int
@@ -254,7 +280,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     dtype = choose_dtype(config.dtype, world.device)
     torch.manual_seed(config.seed)
     with world.device:
-        raw_model = GPT(config.model_config())
+        raw_model = GPT(model_config(config))
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = optim.build_optimizer(
         config.optimizer,
@@ -266,6 +292,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     scaler = torch.amp.GradScaler(
         world.device.type, init_scale=2.0**13, growth_interval=200, enabled=dtype == torch.float16
     )
+    guard = optim.SpikeGuard(config.spike_sigmas, world.device)
     run_identity = identity(config, train_split)
     resume_from = find_start(config, world, run_identity)
     first_step, metrics_bytes = 0, 0
@@ -274,6 +301,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
         state = checkpoint.read_train_state(resume_from)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        guard.load_state_dict(state["guard"])
         if resume_from.parent == Path(config.out_dir):
             metrics_bytes = state["metrics_bytes"]
     elif config.init_from:
@@ -284,7 +312,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     if world.size > 1:
         model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
     return Training(
-        raw_model, model, optimizer, scaler, dtype, run_identity, first_step, metrics_bytes
+        raw_model, model, optimizer, scaler, guard, dtype, run_identity, first_step, metrics_bytes
     )
 
 
@@ -321,7 +349,7 @@ def save(
     state = {
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
-        "metrics_bytes": log.synced_size(),
+        "guard": training.guard.state_dict(),
     }
     meta = {
         "val_loss": val_loss,
@@ -331,12 +359,27 @@ def save(
     }
     tensors = training.raw_model.state_dict()
     try:
+        state["metrics_bytes"] = log.synced_size()
         path = checkpoint.save(run_dir, step, model=tensors, train_state=state, meta=meta)
         checkpoint.prune(run_dir, config.keep_last)
     except OSError as error:
         log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
     else:
         log.say(f"step {step:>6}: saved {path}")
+
+
+def check_health(config: TrainConfig, records: list[dict]) -> None:
+    """End a run that no longer learns; its checkpoints stay."""
+    for record in records:
+        if record["skipped"] >= config.max_skipped_steps or record["loss_scale"] < MIN_LOSS_SCALE:
+            saved = checkpoint.steps(Path(config.out_dir))
+            last = checkpoint.folder(Path(config.out_dir), saved[-1]) if saved else "none"
+            raise UserError(
+                f"stopped at step {record['step']}: {record['skipped']} steps skipped in a row, "
+                f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
+                f"{record['loss_scale']:g}; last good checkpoint: {last}; try a lower "
+                "--learning_rate or --dtype=bfloat16, and look at the rows in metrics.jsonl"
+            )
 
 
 def open_log(
@@ -352,6 +395,7 @@ def open_log(
     if world.is_main:
         run_dir = Path(config.out_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.check_space(run_dir, training.raw_model.n_parameters(), config.keep_last)
         facts = {
             "settings": asdict(config),
             "parameters": training.raw_model.n_parameters(),
@@ -366,7 +410,8 @@ def open_log(
         print(settings.describe(config, origins))
         print(
             f"{facts['parameters']:,} parameters, {max_steps:,} steps of "
-            f"{facts['tokens_per_step']:,} tokens, {world.size} x {name}, {facts['dtype']}, torch {facts['torch']}",
+            f"{facts['tokens_per_step']:,} tokens, {world.size} x {name}, {facts['dtype']}, "
+            f"torch {facts['torch']}",
             flush=True,
         )
         wandb = None
@@ -382,7 +427,6 @@ def open_log(
         outputs = (file, metrics.Console(training.first_step, max_steps), wandb)
     return metrics.RunLog(
         outputs,
-        reduce=world.sum,
         device=world.device,
         n_devices=world.size,
         peak=metrics.peak_flops(name, training.dtype),
@@ -398,7 +442,7 @@ def main(config: TrainConfig, origins: dict[str, str]) -> None:
         seed=config.seed,
     )
     max_steps = count_steps(config, order)
-    with distributed.start(config.device) as world:
+    with distributed.start(config.device, config.hang_seconds) as world:
         check_divides(config, world.size)
         stop = distributed.StopSignal()
         training = build(config, world, train_split)
@@ -434,13 +478,14 @@ def loop(
     log.say(f"step {training.first_step:>6}: validation loss of two batches {loss:.4f}")
     log.restart_clock()
     for step in range(training.first_step, max_steps + 1):
+        distributed.expect_progress(config.hang_seconds)
         stopping = world.any(stop.requested)
         is_last = stopping or step == max_steps
         is_new = step > training.first_step  # a resumed step was evaluated and saved before
         eval_due = is_new and (step % config.eval_interval == 0 or step == max_steps)
         save_due = is_new and (step % config.save_interval == 0 or is_last)
         if eval_due or save_due:
-            log.flush(max_steps - step)
+            check_health(config, log.flush(max_steps - step))
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
@@ -457,7 +502,7 @@ def loop(
             return
         train_one(config, world, training, log, train_split, order, step, max_steps)
         if (step + 1) % config.log_interval == 0:
-            log.flush(max_steps - step - 1)
+            check_health(config, log.flush(max_steps - step - 1))
 
 
 def train_one(
@@ -485,12 +530,12 @@ def train_one(
         training.model,
         training.optimizer,
         training.scaler,
+        training.guard,
         ((n, read_micro_batch(config, split, order, n)) for n in numbers),
         n_micro_steps=len(numbers),
         n_targets=n_targets,
-        world_size=world.size,
+        world=world,
         dtype=training.dtype,
-        device=world.device,
         grad_clip=config.grad_clip,
         seed=config.seed,
     )
@@ -500,6 +545,7 @@ def train_one(
         "lr": learning_rate,
         "epoch": order.epoch(step),
         "tokens": (step + 1) * n_tokens,
+        "rows": order.step(step),
     }
     flops = training.raw_model.flops(n_tokens, n_targets)
     log.train(fields, stats, n_tokens=n_tokens, flops=flops)
@@ -512,4 +558,5 @@ def read_micro_batch(
 
 
 if __name__ == "__main__":
-    settings.run(main, TrainConfig, config_file=True)
+    with settings.one_line_errors():
+        main(*arguments)

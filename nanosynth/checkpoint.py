@@ -5,10 +5,12 @@ SHA-256 of the others and of itself. A folder is written under a temporary name,
 so one with a step's name is whole; it is verified all the same before anything in it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -47,8 +49,19 @@ def save(
     Tensors that share storage (a tied embedding) are stored once, their other names in the meta.
     """
     target, temporary = folder(run_dir, step), run_dir / f".tmp-step_{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
+    try:
+        _write(temporary, step, model, train_state, meta)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(run_dir)
+    write_atomically(run_dir / "latest", target.name)
+    return target
+
+
+def _write(temporary: Path, step: int, model: dict, train_state: dict, meta: dict) -> None:
     first_names: dict[int, str] = {}
     aliases = {}
     for name, tensor in model.items():
@@ -61,19 +74,16 @@ def save(
         file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
     files[MODEL] = file.summary()
     with HashedFile(temporary / TRAIN_STATE) as file:
-        torch.save(train_state, file)
+        try:
+            torch.save(train_state, file)
+        except RuntimeError as error:
+            raise file.error or error from None
     files[TRAIN_STATE] = file.summary()
     meta = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases, **meta}
     meta["files"] = files
     with HashedFile(temporary / META) as file:
         file.write(_serialise(meta))
     sync_folder(temporary)
-    if target.exists():
-        _remove(target)
-    os.rename(temporary, target)
-    sync_folder(run_dir)
-    write_atomically(run_dir / "latest", target.name)
-    return target
 
 
 def _serialise(meta: dict) -> bytes:
@@ -101,8 +111,8 @@ def read_meta(path: Path) -> dict:
 def verify(path: Path) -> dict:
     """The meta of a step folder after checking every file's size and SHA-256; raises Damaged."""
     meta = read_meta(path)
-    if set(meta["files"]) != {MODEL, TRAIN_STATE}:
-        raise Damaged(f"{path / META} names other files than {MODEL} and {TRAIN_STATE}")
+    if path.is_symlink() or set(meta["files"]) != {MODEL, TRAIN_STATE}:
+        raise Damaged(f"{path / META} is a link, or names other files than {MODEL}, {TRAIN_STATE}")
     for name, wanted in meta["files"].items():
         file_path = path / name
         if file_path.is_symlink() or not file_path.is_file():
@@ -138,7 +148,10 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def _val_losses(run_dir: Path) -> dict[int, float]:
-    losses = {step: read_meta(folder(run_dir, step))["val_loss"] for step in steps(run_dir)}
+    losses = {}
+    for step in steps(run_dir):
+        with contextlib.suppress(Damaged):  # a damaged one is never the best; `find` says so
+            losses[step] = read_meta(folder(run_dir, step))["val_loss"]
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
@@ -177,7 +190,10 @@ def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
     """The verified step folder that a run of this `identity` goes on from, or None for a new run.
 
     `resume` is 'auto', 'never' or a step folder; step folders behind the chosen one are set aside.
+    Saves and deletions that were cut short are cleaned up.
     """
+    for leftover in [*run_dir.glob(".tmp-step_*"), *run_dir.glob(".trash-step_*")]:
+        shutil.rmtree(leftover)
     if resume == "auto":
         path = newest_good(run_dir)
     else:
@@ -202,7 +218,10 @@ def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
     """The model's tensors on the CPU, under all their names. Verify first."""
-    tensors = safetensors.torch.load_file(path / MODEL)
+    try:
+        tensors = safetensors.torch.load_file(path / MODEL)
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"{path / MODEL} is not a safetensors file: {error}") from None
     for name, stored_name in meta["aliases"].items():
         tensors[name] = tensors[stored_name]
     return tensors
@@ -210,7 +229,11 @@ def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
 
 def read_train_state(path: Path) -> dict:
     """What training needs beside the model, on the CPU. Verify first."""
-    return torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise Damaged(f"{path / TRAIN_STATE} is refused: {reason}") from None
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -221,6 +244,21 @@ def prune(run_dir: Path, keep_last: int) -> None:
     for step in steps(run_dir)[:-keep_last]:
         if folder(run_dir, step) != best_path:
             _remove(folder(run_dir, step))
+
+
+def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
+    """Refuse a run whose checkpoints will not fit: the kept, the best and the one being written.
+
+    A checkpoint takes 12 bytes a parameter: weights and two moments in float32.
+    """
+    present = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+    free = shutil.disk_usage(run_dir).free + present
+    needed = 12 * n_parameters * (keep_last + 2)
+    if free < needed:
+        raise UserError(
+            f"{run_dir} has room for {free / 1e9:.1f} GB, but {keep_last + 2} checkpoints take "
+            f"{needed / 1e9:.1f} GB; free some, lower --keep_last or use another --out_dir"
+        )
 
 
 def _remove(path: Path) -> None:

@@ -5,9 +5,13 @@ travels as CPU tensors over gloo; gradients travel over nccl on CUDA.
 """
 
 import contextlib
+import ctypes
 import datetime
+import faulthandler
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,14 +50,18 @@ class World:
 
 
 @contextlib.contextmanager
-def start(device: str, timeout_seconds: int = 600) -> Iterator[World]:
-    """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N')."""
+def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
+    """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
+
+    A collective that takes longer than the timeout raises.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
+        _die_with_parent()
         timeout = datetime.timedelta(seconds=timeout_seconds)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         # Ranks of a restarted group must not read what the dead one left (pytorch issue 135712).
@@ -69,18 +77,38 @@ def start(device: str, timeout_seconds: int = 600) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _die_with_parent() -> None:
+    """Have the kernel end this worker when torchrun dies, even by SIGKILL (Linux, prctl(2))."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it died before the call
+            os._exit(1)
+
+
+def expect_progress(seconds: float) -> None:
+    """End the process with all its threads' stacks unless this is called again within `seconds`."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
 class StopSignal:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning); a second one ends the process.
+    """Set by the first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning); a later one ends the process.
 
     A handler does not run inside a collective, so the ranks agree on the flag at a step boundary.
+    One request may come twice at once, from Slurm and through torchrun: that counts as one.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    GRACE_SECONDS = 1.0
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        self._since = 0.0
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        self.requested = True
-        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(other, signal.SIG_DFL)
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > self.GRACE_SECONDS:
+            os._exit(128 + number)

@@ -12,11 +12,16 @@ class HashedFile:
         self._file = open(path, "wb", buffering=1 << 20)
         self._digest = hashlib.sha256()
         self._bytes = 0
+        self.error: OSError | None = None  # the first; torch.save turns it into a RuntimeError
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
         self._bytes += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

@@ -11,7 +11,6 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,23 +59,35 @@ def memory_gb(device: torch.device) -> float:
 class MetricsFile:
     """metrics.jsonl, appended; a resumed run cuts off what the checkpoint does not know."""
 
-    def __init__(self, path: Path, resume_at: int | None):
-        self._file = open(path, "a+b")
-        if resume_at is not None:
-            self._file.truncate(min(resume_at, os.fstat(self._file.fileno()).st_size))
-            self._file.seek(0, os.SEEK_END)
+    def __init__(self, path: Path, resume_at: int):
+        self._file = open(path, "ab", buffering=0)
+        self._file.truncate(min(resume_at, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
+        self._unwritten = b""  # what a full disk has kept back
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        """Append a line; while the disk refuses it, it waits in memory for the next write."""
+        had_room = not self._unwritten
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            self._write_out()
+        except OSError as error:
+            if had_room:
+                print(f"metrics wait in memory, training goes on: {error}", file=sys.stderr)
+
+    def _write_out(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def synced_size(self) -> int:
-        """Bytes that are safely on disk: what a checkpoint remembers."""
+        """Bytes on disk when all is written: what a checkpoint remembers; else OSError."""
+        self._write_out()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            self._write_out()
 
 
 class WandbThread:
@@ -158,38 +169,39 @@ class RunLog:
         self,
         outputs: tuple[MetricsFile, Console, WandbThread | None] | None,
         *,
-        reduce: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
         n_devices: int,
         peak: float | None,
     ):
-        self._outputs, self._reduce = outputs, reduce
+        self._outputs = outputs
         self._device, self._n_devices, self._peak = device, n_devices, peak
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
         self._clock = time.perf_counter()
 
     def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
-        """Queue a step: its fields, and this rank's [share of the loss, grad_norm, scale]."""
+        """Queue a step: its fields, and [loss, grad_norm, loss_scale, n_skipped] on the device."""
         self._pending.append((fields, stats, n_tokens, flops))
 
     def flush(self, steps_left: int) -> list[dict]:
-        """Write the queued steps and return their records. Call on every rank."""
+        """Write the queued steps and return their records; this waits for the device.
+
+        `skipped` counts the skipped steps in a row, this one included; a record of one keeps its
+        `rows`, so that the batch can be looked at.
+        """
         pending, self._pending = self._pending, []
         if not pending:
             return []
-        stats = torch.stack([stats for _, stats, _, _ in pending])  # (steps, 3)
-        losses = self._reduce(stats[:, 0].clone()).tolist()
+        stats = torch.stack([stats for _, stats, _, _ in pending]).tolist()  # (steps, 4)
         seconds = time.perf_counter() - self._clock
         measured = self._throughput(pending, seconds)
         records = []
-        for (fields, *_), loss, (_, grad_norm, scale) in zip(
-            pending, losses, stats.tolist(), strict=True
-        ):
-            skipped = not math.isfinite(grad_norm)
+        for (fields, *_), (loss, grad_norm, scale, n_skipped) in zip(pending, stats, strict=True):
             record = {"step": fields["step"], "split": "train", "loss": loss, **fields}
-            record |= {"grad_norm": grad_norm, "loss_scale": scale, "skipped": skipped, **measured}
-            records.append(record)
-            self._emit(record)
+            record |= {"grad_norm": grad_norm, "loss_scale": scale, "skipped": int(n_skipped)}
+            if not n_skipped:
+                del record["rows"]
+            records.append(record | measured)
+            self._emit(records[-1])
         if self._outputs:
             self._outputs[1].train(records[-1], steps_left * seconds / len(records))
         self.restart_clock()

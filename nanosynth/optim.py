@@ -50,3 +50,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """The gradients' total norm before clipping to `max_norm`; 0 clips nothing. No host wait."""
     return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=True)
+
+
+class SpikeGuard:
+    """Tells a loss that stands far above the recent ones, on the device, without a host wait.
+
+    A loss is a spike when it exceeds the mean of the last WINDOW accepted losses by `sigmas` of
+    their standard deviations; 0 turns it off. The first WINDOW finite losses are all accepted. What
+    is not accepted does not enter the window, which is saved and restored with the run.
+    """
+
+    WINDOW = 128
+
+    def __init__(self, sigmas: float, device: torch.device):
+        self.sigmas = sigmas
+        self.losses = torch.zeros(self.WINDOW, device=device)  # a ring
+        self.n_accepted = torch.zeros((), dtype=torch.long, device=device)
+        self.n_skipped = torch.zeros((), dtype=torch.long, device=device)  # in a row, until now
+
+    def accepts(self, loss: torch.Tensor) -> torch.Tensor:
+        """Whether `loss` () is finite and no spike, as a boolean tensor ()."""
+        if not self.sigmas:
+            return loss.isfinite()
+        limit = self.losses.mean() + self.sigmas * self.losses.std()
+        return loss.isfinite() & ((self.n_accepted < self.WINDOW) | (loss <= limit))
+
+    def note(self, loss: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Put an accepted loss into the window, or count a skipped step."""
+        place = self.n_accepted % self.WINDOW
+        self.losses[place] = torch.where(accepted, loss, self.losses[place])
+        self.n_accepted += accepted
+        self.n_skipped = torch.where(accepted, 0, self.n_skipped + 1)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).cpu() for name in ("losses", "n_accepted", "n_skipped")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.state_dict():
+            getattr(self, name).copy_(state[name])

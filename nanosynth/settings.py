@@ -1,11 +1,12 @@
 """Settings: defaults < config file < --key=value, under one check. The only reader of argv.
 
 A script declares a frozen, keyword-only dataclass whose fields are made by `setting`, and calls
-`run(main, Settings)`. A config file is plain Python assignments; names with a leading underscore
-are its own helpers.
+`from_argv` before it imports torch, so that a typo is said at once. A config file is plain Python
+assignments; names with a leading underscore are its own helpers.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -13,7 +14,7 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanosynth import UserError
@@ -24,16 +25,25 @@ def setting(default: object, help: str) -> typing.Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def run(main: Callable, cls: type, *, config_file: bool = False) -> None:
-    """Read argv into `cls`, call main(settings, origins); a UserError becomes one line, exit 1."""
-    script = os.path.basename(sys.argv[0])
+def from_argv(cls: type, *, config_file: bool = False) -> tuple:
+    """(settings, origins) of the command line; a UserError ends the program with one line."""
+    with one_line_errors():
+        return load(cls, sys.argv[1:], _script(), config_file=config_file)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A UserError is printed as one line, exit 1; Ctrl-C is silent, exit 130."""
     try:
-        settings, origins = load(cls, sys.argv[1:], script, config_file=config_file)
-        main(settings, origins)
+        yield
     except UserError as error:
-        sys.exit(f"{script}: error: {error}")
+        sys.exit(f"{_script()}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _script() -> str:
+    return os.path.basename(sys.argv[0])
 
 
 def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) -> tuple:

@@ -35,7 +35,7 @@ class Reject(Exception):
 
 @dataclass
 class Source:
-    """Rows and their provenance. `rows()` reads from the start and moves `position` up to `size`."""
+    """Rows and their provenance; `rows()` reads anew and moves `position` up to `size`."""
 
     identity: dict  # what names these very rows: source, and its revision or SHA-256
     size: int  # in `unit`
@@ -172,7 +172,7 @@ def conversation(row: object) -> list[Turn]:
     """The turns of one row: an optional system turn, then user and assistant in alternation.
 
     Takes `conversations` (from/value), `messages` (role/content) and instruction rows. Keys may be
-    missing or null: OpenHermes leaves out most columns of most rows. An empty system turn is dropped.
+    missing or null: OpenHermes leaves out most columns. An empty system turn is no turn.
     """
     if isinstance(row, Reject):
         raise row

@@ -181,17 +181,17 @@ def description(
 def table(meta: dict) -> str:
     """The counts of meta.json for a reader."""
     lines = [
-        f"{'rows read':<32}{meta['rows_read']:>14,}",
-        f"{'rows kept':<32}{meta['rows_kept']:>14,}",
+        f"{'rows read':<48}{meta['rows_read']:>14,}",
+        f"{'rows kept':<48}{meta['rows_kept']:>14,}",
     ]
     for reason, count in meta["rows_dropped"].items():
-        lines.append(f"{'  dropped: ' + reason:<32}{count:>14,}")
-    lines.append(f"{'':<32}" + "".join(f"{split:>14}" for split in dataset.SPLITS))
+        lines.append(f"{'  dropped: ' + reason:<48}{count:>14,}")
+    lines.append(f"{'':<34}" + "".join(f"{split:>14}" for split in dataset.SPLITS))
     splits = [meta["splits"][split] for split in dataset.SPLITS]
     for key in ("documents", "tokens", "assistant_tokens", "text_bytes"):
-        lines.append(f"{key.replace('_', ' '):<32}" + "".join(f"{s[key]:>14,}" for s in splits))
+        lines.append(f"{key.replace('_', ' '):<34}" + "".join(f"{s[key]:>14,}" for s in splits))
     per_token = [f"{s['text_bytes'] / s['tokens']:>14.2f}" for s in splits]
-    lines.append(f"{'bytes of text a token':<32}" + "".join(per_token))
+    lines.append(f"{'bytes of text a token':<34}" + "".join(per_token))
     quantiles = "  ".join(f"{name} {value:,}" for name, value in meta["document_tokens"].items())
     lines.append(f"tokens a document: {quantiles}")
     return "\n".join(lines)

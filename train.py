@@ -82,30 +82,48 @@ class TrainConfig:
     wandb_run_name: str = setting("", "wandb run; empty: the name of out_dir")
 
     def __post_init__(self):
-        """Rules between fields; each error names the flag that mends it."""
+        """Ranges, and rules between fields; each error names the flag that mends it."""
+        for name in [
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "block_size",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "eval_interval",
+            "save_interval",
+            "log_interval",
+            "max_skipped_steps",
+        ]:
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in [
+            "seed",
+            "max_steps",
+            "warmup_steps",
+            "weight_decay",
+            "min_learning_rate",
+            "grad_clip",
+            "spike_sigmas",
+            "eval_rows",
+        ]:
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("dropout", "beta1", "beta2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "0 or more, below 1")
+        self._check("hang_seconds", self.hang_seconds > 0, "above 0")
+        self._check("keep_last", self.keep_last >= 2, "2 or more: the disk may tear one")
+        self._check("epochs", self.max_steps or self.epochs > 0, "above 0, or --max_steps")
+        floor = self.min_learning_rate
+        self._check(
+            "learning_rate", self.learning_rate >= floor, f"min_learning_rate={floor} or more"
+        )
         if self.n_embd % self.n_head:
-            near = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = sorted(sorted(near, key=lambda n: abs(n - self.n_head))[:3])
-            raise UserError(
-                f"--n_head={self.n_head} does not divide n_embd={self.n_embd}; try {near}"
-            )
-        for name in ("micro_batch_size", "gradient_accumulation_steps", "block_size", "n_layer"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
-        for name in ("eval_interval", "save_interval", "log_interval", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}={getattr(self, name)}; wanted 1 or more")
-        if self.keep_last < 2:
-            raise UserError(f"--keep_last={self.keep_last}; wanted 2 or more: one may be torn")
-        if self.spike_sigmas < 0 or self.hang_seconds <= 0:
-            raise UserError("wanted --spike_sigmas of 0 or more and --hang_seconds above 0")
-        if self.max_steps < 0 or (self.max_steps == 0 and self.epochs <= 0):
-            raise UserError("wanted --max_steps of 1 or more, or --epochs above 0")
-        if not 0 <= self.min_learning_rate <= self.learning_rate:
-            limit = f"0 to learning_rate={self.learning_rate}"
-            raise UserError(f"--min_learning_rate={self.min_learning_rate}; wanted {limit}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout={self.dropout}; wanted 0 or more, below 1")
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.n_head))[:3]
+            self._check("n_head", False, f"a divisor of n_embd={self.n_embd}, as {sorted(near)}")
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise UserError(f"--{name}={getattr(self, name)}; wanted {wanted}")
 
 
 if __name__ == "__main__":
@@ -338,6 +356,9 @@ def evaluate(
         totals[1] += losses.numel()
     training.raw_model.train()
     loss_sum, n_targets = world.sum(totals).tolist()
+    if not n_targets:
+        wanted = "use a larger --eval_rows, or --loss_on=all"
+        raise UserError(f"{split.path}: no answer in the first {n_rows} rows; {wanted}")
     return loss_sum / n_targets
 
 
@@ -533,7 +554,7 @@ def train_one(
         training.guard,
         ((n, read_micro_batch(config, split, order, n)) for n in numbers),
         n_micro_steps=len(numbers),
-        n_targets=n_targets,
+        n_targets=max(1, n_targets),  # a step may hold no assistant token at all
         world=world,
         dtype=training.dtype,
         grad_clip=config.grad_clip,

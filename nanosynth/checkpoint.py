@@ -95,6 +95,8 @@ def _serialise(meta: dict) -> bytes:
 def read_meta(path: Path) -> dict:
     """The meta.json of a step folder, whole and its own; raises Damaged."""
     try:
+        if path.is_symlink() or (path / META).is_symlink():
+            raise OSError("a symbolic link")
         content = (path / META).read_bytes()
         meta = json.loads(content)
         meta.pop("meta_sha256")
@@ -111,8 +113,8 @@ def read_meta(path: Path) -> dict:
 def verify(path: Path) -> dict:
     """The meta of a step folder after checking every file's size and SHA-256; raises Damaged."""
     meta = read_meta(path)
-    if path.is_symlink() or set(meta["files"]) != {MODEL, TRAIN_STATE}:
-        raise Damaged(f"{path / META} is a link, or names other files than {MODEL}, {TRAIN_STATE}")
+    if set(meta["files"]) != {MODEL, TRAIN_STATE}:
+        raise Damaged(f"{path / META} names other files than {MODEL}, {TRAIN_STATE}")
     for name, wanted in meta["files"].items():
         file_path = path / name
         if file_path.is_symlink() or not file_path.is_file():
@@ -211,7 +213,7 @@ def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
                 "setting, or start anew with another --out_dir (and --init_from for the weights)"
             )
     for step in steps(run_dir):
-        if folder(run_dir, step).name > path.name:
+        if step > int(path.name.removeprefix("step_")):
             set_aside(folder(run_dir, step), "abandoned")
     return path
 

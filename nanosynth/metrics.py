@@ -7,6 +7,7 @@ import json
 import math
 import os
 import queue
+import re
 import resource
 import sys
 import threading
@@ -40,7 +41,10 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """The device's dense peak in FLOP/s, or None where it is not known (a CPU, float32)."""
     if dtype == torch.float32:
         return None
-    return next((peak for name, peak in PEAK_FLOPS_16BIT.items() if name in device_name), None)
+    return next(
+        (peak for name, peak in PEAK_FLOPS_16BIT.items() if re.search(rf"\b{name}\b", device_name)),
+        None,
+    )
 
 
 def model_flops_utilisation(flops_per_second: float, n_devices: int, peak: float | None):

@@ -77,8 +77,9 @@ class SpikeGuard:
 
     def note(self, loss: torch.Tensor, accepted: torch.Tensor) -> None:
         """Put an accepted loss into the window, or count a skipped step."""
-        place = self.n_accepted % self.WINDOW
-        self.losses[place] = torch.where(accepted, loss, self.losses[place])
+        places = torch.arange(self.WINDOW, device=self.losses.device)
+        is_next = (places == self.n_accepted % self.WINDOW) & accepted
+        self.losses = torch.where(is_next, loss, self.losses)
         self.n_accepted += accepted
         self.n_skipped = torch.where(accepted, 0, self.n_skipped + 1)
 

@@ -17,6 +17,16 @@ from typing import Literal, NamedTuple
 from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
+AT_LEAST_ONE = (
+    *("n_layer", "n_head", "n_embd", "block_size", "micro_batch_size"),
+    *("gradient_accumulation_steps", "eval_interval", "save_interval", "log_interval"),
+    "max_skipped_steps",
+)
+AT_LEAST_ZERO = (
+    *("seed", "max_steps", "warmup_steps", "weight_decay", "min_learning_rate", "grad_clip"),
+    *("spike_sigmas", "eval_rows"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -83,29 +93,9 @@ class TrainConfig:
 
     def __post_init__(self):
         """Ranges, and rules between fields; each error names the flag that mends it."""
-        for name in [
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "block_size",
-            "micro_batch_size",
-            "gradient_accumulation_steps",
-            "eval_interval",
-            "save_interval",
-            "log_interval",
-            "max_skipped_steps",
-        ]:
+        for name in AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in [
-            "seed",
-            "max_steps",
-            "warmup_steps",
-            "weight_decay",
-            "min_learning_rate",
-            "grad_clip",
-            "spike_sigmas",
-            "eval_rows",
-        ]:
+        for name in AT_LEAST_ZERO:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("dropout", "beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 or more, below 1")
@@ -343,7 +333,7 @@ def evaluate(
     *,
     n_rows: int,
 ) -> float:
-    """Mean loss over the first `n_rows` validation rows, shared out. Call on every rank."""
+    """Mean loss over the first `n_rows` rows, NaN without a target there. Call on every rank."""
     training.raw_model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
     size = config.micro_batch_size
@@ -356,10 +346,7 @@ def evaluate(
         totals[1] += losses.numel()
     training.raw_model.train()
     loss_sum, n_targets = world.sum(totals).tolist()
-    if not n_targets:
-        wanted = "use a larger --eval_rows, or --loss_on=all"
-        raise UserError(f"{split.path}: no answer in the first {n_rows} rows; {wanted}")
-    return loss_sum / n_targets
+    return loss_sum / n_targets if n_targets else math.nan
 
 
 def save(

@@ -567,4 +567,4 @@ def read_micro_batch(
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*arguments)
+        distributed.record(main)(*arguments)  # torchrun's last words are the first error

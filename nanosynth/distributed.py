@@ -74,6 +74,7 @@ def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
         if size > 1:
             dist.barrier()
     finally:
+        faulthandler.cancel_dump_traceback_later()
         if size > 1:
             dist.destroy_process_group()
 

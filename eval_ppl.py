@@ -32,8 +32,8 @@ class EvalConfig:
     seed: int = setting(42, "of the bootstrap")
 
     def __post_init__(self):
-        if self.stride < 0 or self.batch_size < 1:
-            raise UserError("wanted --stride of 0 or more and --batch_size of 1 or more")
+        if min(self.stride, self.seed) < 0 or self.batch_size < 1:
+            raise UserError("wanted --stride and --seed of 0 or more, --batch_size of 1 or more")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ class PrepareConfig:
     source: str = setting(
         sources.OPENHERMES, "'sample', a .json, .jsonl or .parquet file, or a hub id"
     )
-    revision: str | None = setting(
-        None, "hub revision; None: the pinned one, or the newest, recorded"
-    )
+    revision: str = setting("", "hub revision; empty: the pinned one, or the newest, recorded")
     data_dir: str = setting("data/openhermes", "where the bins go")
     max_rows: int = setting(0, "a random sample of so many rows of the whole source; 0: all")
     val_fraction: float = setting(0.05, "share of first user turns that go to validation")
@@ -38,8 +36,8 @@ class PrepareConfig:
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction={self.val_fraction}; wanted between 0 and 1, as 0.05")
-        if self.max_rows < 0 or self.num_threads < 1:
-            raise UserError("wanted --max_rows of 0 or more and --num_threads of 1 or more")
+        if min(self.max_rows, self.seed) < 0 or self.num_threads < 1:
+            raise UserError("wanted --max_rows and --seed of 0 or more, --num_threads of 1 or more")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ class SampleConfig:
             raise UserError("wanted one of --prompt=TEXT, --prompts=FILE and --chat")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError("wanted --temperature and --top_k of 0 or more, --top_p in (0, 1]")
-        if min(self.max_new_tokens, self.num_samples, self.batch_size) < 1 or self.num_prompts < 0:
+        if min(self.max_new_tokens, self.num_samples, self.batch_size) < 1:
             raise UserError("wanted --max_new_tokens, --num_samples, --batch_size of 1 or more")
+        if min(self.num_prompts, self.seed) < 0:
+            raise UserError("wanted --num_prompts and --seed of 0 or more")
 
 
 if __name__ == "__main__":
@@ -90,7 +92,8 @@ def pick(
     cumulative = probabilities.cumsum(dim=-1)
     thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, thresholds, right=True)
-    return ids.gather(1, places.clamp(max=ids.shape[1] - 1)).squeeze(1)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # where rounding would go past the end
+    return ids.gather(1, torch.minimum(places, last)).squeeze(1)
 
 
 @torch.inference_mode()
@@ -235,8 +238,11 @@ def _read_prompt(line: str, path: Path, number: int) -> tuple[str, str | None]:
         return line, None
     try:
         row = json.loads(line)
-        return row["prompt"], row.get("answer")
-    except (ValueError, KeyError, TypeError):
+        prompt, answer = row["prompt"], row.get("answer")
+        if not isinstance(prompt, str) or not isinstance(answer, str | None):
+            raise TypeError
+        return prompt, answer
+    except (ValueError, KeyError, TypeError, AttributeError):
         wanted = '{"prompt": "...", "answer": "..."}, the answer as you like'
         raise UserError(f"{path}, line {number}: wanted {wanted}") from None
 

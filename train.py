@@ -126,7 +126,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from nanosynth import checkpoint, dataset, distributed, metrics, optim
-from nanosynth.device import autocast, choose_dtype, device_name
+from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory
 from nanosynth.files import write_atomically
 
 MIN_LOSS_SCALE = 1.0  # below it float16 gradients underflow, and the run only seems to train
@@ -286,6 +286,8 @@ class Training(NamedTuple):
 def build(config: TrainConfig, world: distributed.World, train_split: dataset.Split) -> Training:
     """A new run, or one restored from its checkpoint. Call on every rank."""
     dtype = choose_dtype(config.dtype, world.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     with world.device:
         raw_model = GPT(model_config(config))
@@ -360,7 +362,7 @@ def save(
         "guard": training.guard.state_dict(),
     }
     meta = {
-        "val_loss": val_loss,
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
         "identity": training.identity,
         "settings": asdict(config),
         "torch": str(torch.__version__),
@@ -455,8 +457,8 @@ def main(config: TrainConfig, origins: dict[str, str]) -> None:
         stop = distributed.StopSignal()
         training = build(config, world, train_split)
         log = open_log(config, origins, world, training, max_steps)
-        if training.first_step == max_steps:
-            log.say(f"the run is complete: {max_steps} steps in {config.out_dir}")
+        if training.first_step >= max_steps:
+            log.say(f"the run is complete: {training.first_step} steps in {config.out_dir}")
         else:
             loop(config, world, training, log, stop, (train_split, val_split), order, max_steps)
         log.close()

@@ -154,7 +154,7 @@ def _val_losses(run_dir: Path) -> dict[int, float]:
     for step in steps(run_dir):
         with contextlib.suppress(Damaged):  # a damaged one is never the best; `find` says so
             losses[step] = read_meta(folder(run_dir, step))["val_loss"]
-    return {step: loss for step, loss in losses.items() if loss is not None}
+    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def best_loss(run_dir: Path) -> float:

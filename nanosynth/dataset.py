@@ -26,6 +26,7 @@ from nanosynth.files import HashedFile, sync_folder, write_atomically
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
 
 
 class BinWriter:
@@ -90,20 +91,23 @@ def read_meta(data_dir: str) -> dict:
     mend = f"python prepare.py --source=... --data_dir={data_dir}"
     try:
         meta = json.loads(path.read_text())
-        version, vocab_size, files = meta["format_version"], meta["vocab_size"], meta["files"]
+        version, vocab_size = meta["format_version"], meta["vocab_size"]
+        files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
+        if sorted(files) != sorted(FILES):
+            raise ValueError("it lists other files")
     except FileNotFoundError:
         raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
     if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
         found = f"format {version}, vocabulary {vocab_size}"
         wanted = f"format {FORMAT_VERSION}, vocabulary {VOCAB_SIZE}"
         raise UserError(f"{path} has {found}; wanted {wanted}; run: {mend}")
-    for name, entry in files.items():
+    for name, wanted_bytes in files.items():
         bin_path = path.parent / name
         size = bin_path.stat().st_size if bin_path.is_file() else 0
-        if size != entry["bytes"]:
-            raise UserError(f"{bin_path} has {size} bytes, not {entry['bytes']}; run: {mend}")
+        if size != wanted_bytes:
+            raise UserError(f"{bin_path} has {size} bytes, not {wanted_bytes}; run: {mend}")
     return meta
 
 

@@ -64,7 +64,7 @@ def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) 
             origins[name] = path
     for flag in (argument for argument in argv if argument.startswith("-")):
         name, equals, text = flag.removeprefix("--").partition("=")
-        if not equals and field_types.get(name) is bool:
+        if not equals and name in field_types and bool in _members(field_types[name]):
             equals, text = "=", "True"
         if not equals or not flag.startswith("--"):
             raise UserError(f"cannot read {flag!r}; flags are written --key=value, see --help")

@@ -48,7 +48,7 @@ class Source:
         return self.read(self)
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def open_source(name: str, revision: str = "") -> Source:
     """`name`: 'sample', a local .json, .jsonl or .parquet file, or a hub id 'owner/name'."""
     if name == "sample":
         return _sample_source()
@@ -139,7 +139,7 @@ def _read_parquet(path: Path, source: Source) -> Iterator[object]:
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _hub_source(name: str, revision: str | None) -> Source:
+def _hub_source(name: str, revision: str) -> Source:
     """A hub data set. OpenHermes is its one file, downloaded and then read like any local one."""
     import datasets
     import huggingface_hub
@@ -151,7 +151,7 @@ def _hub_source(name: str, revision: str | None) -> Source:
                 name, OPENHERMES_FILE, repo_type="dataset", revision=revision
             )
             return _file_source(Path(path), {"source": name, "revision": revision})
-        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
+        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha
         table = datasets.load_dataset(name, revision=revision, split="train")
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -178,7 +178,7 @@ def conversation(row: object) -> list[Turn]:
         raise row
     if not isinstance(row, dict):
         raise Reject("row is not an object")
-    listed = row.get("conversations", row.get("messages"))
+    listed = _first(row, "conversations", "messages")
     if listed is not None:
         turns = _listed_turns(listed)
     elif row.get("instruction") is not None:
@@ -191,6 +191,11 @@ def conversation(row: object) -> list[Turn]:
     return turns
 
 
+def _first(row: dict, *keys: str) -> object:
+    """The first value that is not null; merged tables have every column, mostly empty."""
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
 def _listed_turns(listed: object) -> list[Turn]:
     if not isinstance(listed, list):
         raise Reject("turns are not a list")
@@ -198,8 +203,7 @@ def _listed_turns(listed: object) -> list[Turn]:
     for turn in listed:
         if not isinstance(turn, dict):
             raise Reject("turn is not an object")
-        role = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
+        role, text = _first(turn, "from", "role"), _first(turn, "value", "content")
         if not isinstance(role, str) or role not in ROLE_NAMES:
             raise Reject("unknown role")
         if not isinstance(text, str):
@@ -210,8 +214,8 @@ def _listed_turns(listed: object) -> list[Turn]:
 
 def _instruction_turns(row: dict) -> list[Turn]:
     """Alpaca's columns: instruction, an optional input below it, and output or response."""
-    answer = row.get("output") if row.get("output") is not None else row.get("response")
-    parts = [row["instruction"], row.get("input") or "", answer, row.get("system_prompt") or ""]
+    parts = [row["instruction"], row.get("input") or "", _first(row, "output", "response")]
+    parts.append(row.get("system_prompt") or "")
     if not all(isinstance(part, str) for part in parts):
         raise Reject("turn without text")
     instruction, addition, answer, system = parts

@@ -1,0 +1,227 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanosynth import UserError, checkpoint
+
+FILES = [checkpoint.MODEL, checkpoint.TRAIN_STATE, checkpoint.META]
+IDENTITY = {"seed": 1}
+
+
+def save(run_dir: Path, step: int, val_loss: float | None = None) -> Path:
+    generator = torch.Generator().manual_seed(step)
+    wte = torch.randn(8, 4, generator=generator)
+    run_dir.mkdir(exist_ok=True)
+    return checkpoint.save(
+        run_dir,
+        step,
+        model={"wte": wte, "bias": torch.randn(4, generator=generator).half(), "lm_head": wte},
+        train_state={"moments": [torch.ones(3), {"step": torch.tensor(5.0)}], "scale": 0.1},
+        meta={"val_loss": val_loss, "identity": IDENTITY},
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """Three checkpoints; the second is the best."""
+    for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        save(tmp_path / "run", step, val_loss)
+    return tmp_path / "run"
+
+
+def flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_round_trip(run):
+    path = checkpoint.folder(run, 2)
+    meta = checkpoint.verify(path)
+    assert meta["step"] == 2 and meta["val_loss"] == 1.0
+    generator = torch.Generator().manual_seed(2)
+    tensors = checkpoint.read_model(path, meta)
+    assert torch.equal(tensors["wte"], torch.randn(8, 4, generator=generator))
+    assert tensors["bias"].dtype == torch.float16
+    assert tensors["lm_head"].data_ptr() == tensors["wte"].data_ptr()
+    assert set(tensors) == {"wte", "bias", "lm_head"}
+    state = checkpoint.read_train_state(path)
+    assert torch.equal(state["moments"][0], torch.ones(3)) and state["scale"] == 0.1
+    assert (run / "latest").read_text() == "step_000003"
+
+
+def test_a_tied_tensor_is_stored_once(run):
+    size = (checkpoint.folder(run, 1) / checkpoint.MODEL).stat().st_size
+    assert size < 8 * 4 * 4 + 4 * 2 + 300
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_flipped_bit_is_found(run, name, share):
+    path = checkpoint.folder(run, 3)
+    flip_bit(path / name, int(share * (path / name).stat().st_size))
+    with pytest.raises(checkpoint.Damaged, match=name):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", ["truncated", "longer", "empty", "gone"])
+def test_a_file_of_another_size_is_found(run, name, change):
+    path = checkpoint.folder(run, 3) / name
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:-1], "longer": content + b"\n"}.get(change, b""))
+    if change == "gone":
+        path.unlink()
+    with pytest.raises(checkpoint.Damaged, match=name):
+        checkpoint.verify(path.parent)
+
+
+def test_every_edit_of_the_meta_is_found(run):
+    path = checkpoint.folder(run, 3)
+    content = (path / checkpoint.META).read_text()
+    meta = json.loads(content)
+    edits = [json.dumps(meta), content.replace("2.0", "0.5"), "[]", "{}", "null"]
+    edits += [json.dumps({**meta, name: "edited"}, indent=2) for name in meta]
+    edits += [json.dumps({k: v for k, v in meta.items() if k != name}, indent=2) for name in meta]
+    for edited in edits:
+        assert edited != content
+        (path / checkpoint.META).write_text(edited)
+        with pytest.raises(checkpoint.Damaged):
+            checkpoint.verify(path)
+    (path / checkpoint.META).write_text(content)
+    checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_a_link_is_refused(run, name):
+    path = checkpoint.folder(run, 3) / name
+    os.rename(path, run / "elsewhere")
+    os.symlink(run / "elsewhere", path)
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.verify(path.parent)
+
+
+def test_a_folder_under_another_steps_name_is_refused(run):
+    os.rename(checkpoint.folder(run, 3), checkpoint.folder(run, 4))
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.verify(checkpoint.folder(run, 4))
+
+
+def test_train_state_runs_no_code(run):
+    path = checkpoint.folder(run, 3)
+    torch.save({"x": print}, path / checkpoint.TRAIN_STATE)
+    with pytest.raises(checkpoint.Damaged, match="refused"):
+        checkpoint.read_train_state(path)
+
+
+def test_newest_good_falls_back_and_says_so(run):
+    for step, name in ((3, checkpoint.MODEL), (2, checkpoint.META)):
+        flip_bit(checkpoint.folder(run, step) / name, 40)
+    said = []
+    assert checkpoint.newest_good(run, said.append) == checkpoint.folder(run, 1)
+    assert len(said) == 2 and "step_000003" in said[0] and "step_000002" in said[1]
+    assert checkpoint.steps(run) == [1]
+    assert (run / "step_000003.damaged").is_dir() and (run / "step_000002.damaged").is_dir()
+    assert checkpoint.newest_good(run / "nowhere") is None
+
+
+def test_a_save_cut_short_leaves_the_run_as_it_was(run):
+    with pytest.raises(TypeError):  # after both other files are written
+        checkpoint.save(run, 4, model={"w": torch.ones(2)}, train_state={}, meta={"x": object()})
+    assert checkpoint.steps(run) == [1, 2, 3]
+    assert not list(run.glob(".tmp*"))
+    assert (run / "latest").read_text() == "step_000003"
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [2, 5]), (2, [2, 4, 5]), (4, [2, 3, 4, 5])])
+def test_prune_keeps_the_newest_and_the_best(run, keep_last, kept):
+    for step in (4, 5):
+        save(run, step)
+    checkpoint.prune(run, keep_last)
+    assert checkpoint.steps(run) == kept
+    assert (run / "best").read_text() == "step_000002"
+    assert not list(run.glob(".trash*"))
+
+
+def test_best(run, tmp_path):
+    assert checkpoint.best_loss(run) == 1.0
+    assert checkpoint.best(run) == checkpoint.folder(run, 2)
+    save(tmp_path / "unevaluated", 1)
+    assert checkpoint.best(tmp_path / "unevaluated") is None
+    assert checkpoint.best_loss(tmp_path / "unevaluated") == math.inf
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path, loss):
+    for step, val_loss in ((1, loss), (2, 2.0), (3, 3.0)):
+        save(tmp_path / "run", step, val_loss)
+    assert checkpoint.best(tmp_path / "run") == checkpoint.folder(tmp_path / "run", 2)
+    assert checkpoint.best_loss(tmp_path / "run") == 2.0
+
+
+@pytest.mark.parametrize(("step", "wanted"), [("best", 2), ("latest", 3), ("1", 1)])
+def test_find(run, step, wanted):
+    assert checkpoint.find(str(run), step) == checkpoint.folder(run, wanted)
+
+
+def test_find_takes_a_step_folder(run):
+    path = checkpoint.folder(run, 1)
+    assert checkpoint.find(str(path)) == checkpoint.find(f"{path}/") == path
+
+
+@pytest.mark.parametrize("step", ["7", "newest", "-1"])
+def test_find_names_the_steps_there_are(run, step):
+    with pytest.raises(
+        UserError, match=f"no step '{step}' .*wanted best, latest or one of 1, 2, 3"
+    ):
+        checkpoint.find(str(run), step)
+
+
+def test_find_without_checkpoints(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in .*python train.py"):
+        checkpoint.find(str(tmp_path / "nowhere"))
+
+
+def test_find_refuses_a_damaged_one(run):
+    flip_bit(checkpoint.folder(run, 2) / checkpoint.MODEL, 90)
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.find(str(run), "2")
+
+
+def test_find_start(run):
+    assert checkpoint.find_start(run, "auto", IDENTITY) == checkpoint.folder(run, 3)
+    with pytest.raises(UserError, match="made with seed=1, this run has 2"):
+        checkpoint.find_start(run, "auto", {"seed": 2})
+    with pytest.raises(UserError, match="holds a run"):
+        checkpoint.find_start(run, "never", IDENTITY)
+
+
+def test_find_start_at_an_older_step_sets_the_later_ones_aside(run):
+    path = checkpoint.folder(run, 1)
+    assert checkpoint.find_start(run, str(path), IDENTITY) == path
+    assert checkpoint.steps(run) == [1]
+    assert (run / "step_000003.abandoned").is_dir()
+
+
+def test_find_start_orders_steps_as_numbers(run):
+    for step in (999_999, 1_000_000):
+        save(run, step)
+    checkpoint.find_start(run, str(checkpoint.folder(run, 999_999)), IDENTITY)
+    assert checkpoint.steps(run) == [1, 2, 3, 999_999]
+
+
+def test_find_start_removes_what_was_cut_short(run):
+    for name in (".tmp-step_000009", ".trash-step_000001"):
+        (run / name).mkdir()
+    checkpoint.find_start(run, "auto", IDENTITY)
+    assert not list(run.glob(".*-step_*"))
+
+
+def test_a_run_that_will_not_fit_is_refused(run):
+    checkpoint.check_space(run, 1000, 3)
+    with pytest.raises(UserError, match="5 checkpoints take 60000000.0 GB.*--keep_last"):
+        checkpoint.check_space(run, 10**15, 3)

@@ -1,0 +1,113 @@
+"""The whole path through the command lines, and what each says to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from tiny import RUN, SCRIPTS, command, flags, losses, read_metrics, torchrun
+
+from nanosynth import checkpoint
+
+
+def succeed(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fail(done: subprocess.CompletedProcess) -> str:
+    """The one line that a mistake is answered with."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_from_conversations_to_samples(conversations_file, tmp_path):
+    data_dir, out_dir = tmp_path / "data", tmp_path / "out"
+    prepared = command("prepare.py", f"--source={conversations_file}", f"--data_dir={data_dir}")
+    assert "rows kept" in succeed(prepared)
+    config = tmp_path / "tiny.py"
+    config.write_text("".join(f"{name} = {value!r}\n" for name, value in RUN.items()))
+    train = ["train.py", config, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_steps=5"]
+    said = succeed(command(*train))
+    assert "max_steps" in said and "(command line)" in said and f"({config})" in said
+    assert len(losses(read_metrics(out_dir))) == 5
+    facts = json.loads((out_dir / "config.json").read_text())
+    assert facts["settings"]["max_steps"] == 5 and facts["world_size"] == 1
+    assert (out_dir / "latest").read_text() == (out_dir / "best").read_text() == "step_000005"
+
+    scored = succeed(command("eval_ppl.py", f"--run={out_dir}", "--dtype=float32"))
+    figures = json.loads((out_dir / "eval_ppl.json").read_text())
+    assert f"{figures['all']['perplexity']:.3f}" in scored
+    by_two = torchrun(2, "eval_ppl.py", f"--run={out_dir}", "--dtype=float32", "--device=cpu")
+    succeed(by_two)
+    again = json.loads((out_dir / "eval_ppl.json").read_text())
+    assert again["all"]["perplexity"] == pytest.approx(figures["all"]["perplexity"], rel=1e-6)
+
+    sample = ["sample.py", f"--run={out_dir}", "--max_new_tokens=4"]
+    succeed(command(*sample, f"--prompts={data_dir}/val.bin", "--num_prompts=3"))
+    records = [json.loads(line) for line in (out_dir / "generations.jsonl").open()]
+    assert len(records) == 3 and all("text" in record for record in records)
+    assert succeed(command(*sample, "--prompt=Hi", "--num_samples=2")).endswith("\n")
+
+    os.truncate(out_dir / "step_000005" / checkpoint.MODEL, 1000)
+    torn = fail(command("eval_ppl.py", f"--run={out_dir}"))
+    assert "step_000005/model.safetensors has 1000 bytes" in torn
+
+
+def test_a_torn_checkpoint_is_said_aloud(bins, run_dir, tmp_path):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    os.truncate(out_dir / "step_000006" / checkpoint.MODEL, 1000)
+    done = command("train.py", *flags(**{**RUN, "data_dir": bins, "out_dir": out_dir}))
+    assert "damaged checkpoint" in succeed(done) and "step_000006" in done.stdout
+    assert losses(read_metrics(out_dir)) == losses(read_metrics(run_dir))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_typo_is_said_before_torch_is_imported(script):
+    done = command("-X", "importtime", f"{script}.py", "--sed=1")
+    assert done.returncode == 1
+    assert f"{script}.py: error: unknown setting 'sed'" in done.stderr
+    assert "did you mean 'seed'?" in done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "nanosynth.settings" in imported and "torch" not in imported
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script):
+    said = succeed(command(f"{script}.py", "--help"))
+    assert f"usage: python {script}.py" in said and "--seed" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["train.py", "config/nothing.py"], "train.py: error: no config file 'config/nothing.py'"),
+        (["train.py", "--data_dir=missing"], "no prepared data in 'missing' (no meta.json)"),
+        (["prepare.py", "--source=missing.jsonl"], "no source 'missing.jsonl'"),
+        (
+            ["prepare.py", "--max_rows=1e5"],
+            "max_rows in the command line: wanted int, got 100000.0",
+        ),
+        (["sample.py", "--run=missing", "--prompt=x"], "no checkpoint in 'missing'"),
+        (["sample.py", "--run=missing"], "wanted one of --prompt=TEXT, --prompts=FILE and --chat"),
+        (["eval_ppl.py", "--run=missing"], "no checkpoint in 'missing'"),
+    ],
+)
+def test_bad_input_is_answered_with_one_line(arguments, wanted):
+    assert wanted in fail(command(*arguments))
+
+
+def test_warmup_longer_than_the_run(bins, tmp_path):
+    settings = {**RUN, "data_dir": bins, "out_dir": tmp_path, "warmup_steps": 1000}
+    said = fail(command("train.py", *flags(**settings)))
+    assert "warmup_steps=1000, but the run has 6 steps" in said and "--warmup_steps=0" in said
+
+
+def test_a_source_without_conversations(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"title": "x"}\n')
+    done = command("prepare.py", f"--source={source}", f"--data_dir={tmp_path / 'data'}")
+    fail(done)
+    assert "Columns found: title" in done.stderr

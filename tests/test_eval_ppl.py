@@ -1,0 +1,106 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import ALONE, tiny_model
+
+import eval_ppl
+from nanosynth import UserError, chat, dataset
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 16, 17, 18, 50, 65])
+@pytest.mark.parametrize("stride", [1, 3, 8, 16])
+def test_windows_score_each_token_but_the_first_once(n_tokens, stride):
+    scored = []
+    for start, end, n_scored in eval_ppl.windows(n_tokens, 16, stride):
+        assert 0 <= start < end <= n_tokens - 1 and end - start <= 16
+        assert 1 <= n_scored <= min(stride, end - start)
+        scored += range(end - n_scored + 1, end + 1)
+    assert scored == list(range(1, n_tokens))
+
+
+def test_windows_give_each_token_its_context():
+    found = eval_ppl.windows(8, block_size=4, stride=2)
+    assert found == [(0, 2, 2), (0, 4, 2), (2, 6, 2), (4, 7, 1)]
+
+
+@pytest.mark.parametrize(("stride", "batch_size"), [(16, 3), (16, 1), (5, 4), (1, 8)])
+def test_score_equals_a_naive_loop(stride, batch_size):
+    model = tiny_model().eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(10)
+    ids = np.random.default_rng(0).integers(0, 64, 71)
+    wanted = []
+    for place in range(1, 71):
+        first = (place - 1) // stride * stride
+        context = torch.from_numpy(ids[max(0, first + stride - 16) : place])[None]
+        log_probabilities = torch.log_softmax(model(context)[-1].detach(), dim=0)
+        wanted.append(-log_probabilities[ids[place]].item())
+    found = eval_ppl.score(
+        model, ids, ALONE, stride=stride, batch_size=batch_size, dtype=torch.float32
+    )
+    assert found == pytest.approx(np.array(wanted), rel=1e-4, abs=1e-5)
+
+
+def test_perplexity_by_hand():
+    # Two documents of three tokens: "Hi" " Hi" end; the first token of all is not scored.
+    ids = np.array([17250, 15902, chat.END_OF_TEXT] * 2)
+    mask = np.array([0, 1, 0, 0, 1, 0], dtype=np.uint8)
+    assert chat.token_bytes()[ids].tolist() == [2, 3, 0] * 2
+    losses = np.log([2.0, 4.0, 8.0, 2.0, 16.0])
+    found = eval_ppl.summarise(losses, ids, mask, seed=0)
+    assert found["all"]["perplexity"] == pytest.approx(2 ** (11 / 5))
+    assert found["all"]["loss"] == pytest.approx(11 / 5 * math.log(2))
+    assert found["all"]["bits_per_byte"] == pytest.approx(11 / 8)
+    assert found["all"]["tokens"] == 5
+    assert found["assistant"]["perplexity"] == pytest.approx(2.0)
+    assert found["assistant"]["bits_per_byte"] == pytest.approx(2 / 6)
+    assert found["assistant"]["tokens"] == 2 and found["documents"] == 2
+
+
+def test_bootstrap_interval_contains_the_value_and_narrows():
+    generator = np.random.default_rng(0)
+    widths = []
+    for n_documents in (20, 500):
+        document = np.repeat(np.arange(n_documents), 10)
+        losses = np.repeat(generator.normal(3.0, 0.5, n_documents), 10)
+        low, high = eval_ppl.bootstrap(losses, document, np.ones(len(losses)), seed=0)
+        assert low < math.exp(losses.mean()) < high
+        widths.append(high - low)
+    # The interval of a mean over 500 documents, by the normal approximation.
+    assert widths[1] == pytest.approx(2 * 1.96 * 0.5 / 500**0.5 * math.exp(3.0), rel=0.15)
+    assert widths[0] > 3 * widths[1]
+
+
+def test_bootstrap_resamples_documents_and_not_tokens():
+    document = np.repeat(np.arange(2), 1000)
+    losses = np.repeat([1.0, 3.0], 1000)
+    low, high = eval_ppl.bootstrap(losses, document, np.ones(2000), seed=0)
+    assert (low, high) == (pytest.approx(math.exp(1.0)), pytest.approx(math.exp(3.0)))
+
+
+def test_whole_evaluation(bins, run_dir, tmp_path, capsys):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    results = []
+    for changes in ({}, {"batch_size": 1}, {"stride": 4}):
+        config = eval_ppl.EvalConfig(run=str(out_dir), dtype="float32", device="cpu", **changes)
+        eval_ppl.main(config, {})
+        results.append(json.loads((out_dir / "eval_ppl.json").read_text()))
+    plain, one_by_one, overlapping = results
+    split = dataset.Split(bins, "val")
+    assert plain["all"]["tokens"] == split.n_tokens - 1
+    assert plain["assistant"]["tokens"] == split.mask(1, split.n_tokens - 1).sum()
+    assert plain["documents"] == split.meta["splits"]["val"]["documents"]
+    assert plain["checkpoint"].endswith("step_000006") and plain["stride"] == 16
+    assert one_by_one["all"]["perplexity"] == pytest.approx(plain["all"]["perplexity"], rel=1e-6)
+    assert overlapping["all"]["perplexity"] != plain["all"]["perplexity"]
+    assert f"{plain['all']['perplexity']:.3f}" in capsys.readouterr().out
+
+
+def test_stride_past_the_context_is_refused(run_dir):
+    config = eval_ppl.EvalConfig(run=str(run_dir), stride=17, device="cpu")
+    with pytest.raises(UserError, match="--stride=17 is more than the context, 16"):
+        eval_ppl.main(config, {})

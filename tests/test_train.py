@@ -1,0 +1,357 @@
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from tiny import (
+    ALONE,
+    RUN,
+    losses,
+    random_ids,
+    read_metrics,
+    tiny_model,
+    train_run,
+    write_bins,
+)
+
+import train
+from nanosynth import UserError, checkpoint, dataset, metrics, optim
+
+# Float32 on a CPU. If a change is meant to move them, renew them with what the failing test prints.
+GOLDEN_LOSSES = [4.171517, 4.115343, 4.031237, 3.987547, 3.88429]
+
+
+def make_scaler(dtype: torch.dtype = torch.float32) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
+
+
+def make_optimizer(model, learning_rate: float = 1e-2) -> torch.optim.Optimizer:
+    optimizer = optim.build_optimizer("adamw", model, weight_decay=0.01, betas=(0.9, 0.95))
+    optim.set_learning_rate(optimizer, learning_rate)
+    return optimizer
+
+
+def descent(model) -> torch.optim.Optimizer:
+    """Plain gradient descent of rate 1: the step is the gradient, whose size Adam would hide."""
+    return torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+
+
+def random_batch(seed: int, rows: int = 4) -> dataset.Batch:
+    return dataset.Batch(
+        random_ids(rows, 16, seed=seed), random_ids(16 * rows, seed=seed + 1000), None
+    )
+
+
+def step(model, optimizer, batches, *, scaler=None, guard=None, dtype=torch.float32, **changes):
+    """[loss, grad_norm, loss_scale, n_skipped] of one train_step over these micro-batches."""
+    arguments = {
+        "n_micro_steps": len(batches),
+        "n_targets": sum(batch.targets.numel() for batch in batches),
+        "world": ALONE,
+        "dtype": dtype,
+        "grad_clip": 1.0,
+        "seed": 42,
+    }
+    return train.train_step(
+        model,
+        optimizer,
+        scaler or make_scaler(),
+        guard or optim.SpikeGuard(0.0, ALONE.device),
+        enumerate(batches),
+        **(arguments | changes),
+    )
+
+
+def state_of(model, optimizer) -> list[torch.Tensor]:
+    moments = [value for entry in optimizer.state.values() for value in entry.values()]
+    return [value.detach().clone() for value in (*model.parameters(), *moments)]
+
+
+def test_golden_losses_of_five_steps():
+    model = tiny_model()
+    optimizer = make_optimizer(model)
+    found = [
+        step(model, optimizer, [random_batch(number % 2), random_batch(2)])[0].item()
+        for number in range(5)
+    ]
+    assert found == pytest.approx(GOLDEN_LOSSES, rel=1e-4), (
+        "the first losses moved; if that is meant, set GOLDEN_LOSSES in tests/test_train.py to\n"
+        f"{[round(loss, 6) for loss in found]}"
+    )
+
+
+def test_step_learns_a_batch():
+    model = tiny_model(n_embd=32)
+    optimizer = make_optimizer(model)
+    found = [step(model, optimizer, [random_batch(0)])[0].item() for _ in range(60)]
+    assert found[0] == pytest.approx(math.log(64), rel=0.02) and found[-1] < 0.5 * found[0]
+
+
+def test_accumulation_4x1_equals_1x4_with_uneven_masks():
+    """A mean of micro-batch means would weigh the row of one target as much as that of sixteen."""
+    ids, targets = random_ids(4, 16), random_ids(64, seed=1)
+    places = [[0], list(range(16)), [2, 3, 5], [15, 1]]
+    rows = [
+        dataset.Batch(ids[b : b + 1], targets[[16 * b + t for t in chosen]], torch.tensor(chosen))
+        for b, chosen in enumerate(places)
+    ]
+    index = torch.tensor([16 * b + t for b, chosen in enumerate(places) for t in chosen])
+    whole = dataset.Batch(ids, targets[index], index)
+    results, weights = [], []
+    for batches in (rows, [whole]):
+        model = tiny_model()
+        result = step(model, descent(model), batches)
+        results.append(result)
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    mean_of_means = sum(tiny_model()(*row).mean() for row in rows) / 4
+    assert abs(results[0][0] - mean_of_means) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("planted", [math.inf, math.nan])
+def test_a_non_finite_gradient_leaves_weights_and_moments(dtype, planted):
+    model = tiny_model()
+    optimizer, scaler = make_optimizer(model), make_scaler(dtype)
+    first = step(model, optimizer, [random_batch(0)], scaler=scaler, dtype=dtype)
+    assert first[3] == 0 and first[2] == (1024 if dtype == torch.float16 else 1)
+    before = state_of(model, optimizer)
+    handle = model.transformer.h[0].mlp.c_fc.weight.register_hook(
+        lambda gradient: gradient * planted
+    )
+    bad = step(model, optimizer, [random_batch(1), random_batch(2)], scaler=scaler, dtype=dtype)
+    handle.remove()
+    assert bad[3] == 1 and not bad[1].isfinite() and bad[0].isfinite()
+    for old, new in zip(before, state_of(model, optimizer), strict=True):
+        assert torch.equal(old, new)
+    good = step(model, optimizer, [random_batch(1)], scaler=scaler, dtype=dtype)
+    assert good[3] == 0 and good[2] == (512 if dtype == torch.float16 else 1)
+    assert not torch.equal(before[0], state_of(model, optimizer)[0])
+
+
+def test_a_loss_spike_leaves_weights_and_moments():
+    model = tiny_model()
+    optimizer, guard = make_optimizer(model), optim.SpikeGuard(8.0, ALONE.device)
+    for number in range(guard.WINDOW):
+        guard.note(torch.tensor(1.0 + 0.01 * (number % 2)), torch.tensor(True))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    spike = step(model, optimizer, [random_batch(0)], guard=guard)  # its loss is ln 64
+    assert spike[3] == 1 and spike[1].isfinite()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new)
+    calm = step(model, optimizer, [random_batch(0)], guard=optim.SpikeGuard(0.0, ALONE.device))
+    assert calm[3] == 0 and not torch.equal(before[0], next(model.parameters()))
+
+
+def test_dropout_depends_on_the_micro_batch_and_the_seed_alone():
+    model = tiny_model(dropout=0.5)
+    optimizer = make_optimizer(model, learning_rate=0.0)
+    found = []
+    for torch_seed, seed in ((1, 42), (2, 42), (1, 43)):
+        torch.manual_seed(torch_seed)
+        found.append(step(model, optimizer, [random_batch(0)], seed=seed)[0].item())
+    assert found[0] == found[1] != found[2]
+
+
+def test_gradients_are_clipped():
+    weights = []
+    for grad_clip in (0.0, 0.01):
+        model = tiny_model()
+        before = next(model.parameters()).detach().clone()
+        norm = step(model, descent(model), [random_batch(0)], grad_clip=grad_clip)[1].item()
+        weights.append((next(model.parameters()) - before, norm))
+    (free, norm), (clipped, same_norm) = weights
+    assert norm == same_norm > 0.01
+    torch.testing.assert_close(clipped, free * 0.01 / norm, rtol=1e-3, atol=1e-8)
+
+
+def test_metrics_have_every_step_and_their_fields(run_dir):
+    records = read_metrics(run_dir)
+    trained = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in trained] == list(range(6))
+    assert [record["step"] for record in records if record["split"] == "val"] == [3, 6]
+    wanted = {"loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "mfu", "memory_gb"}
+    assert all(record.keys() >= {*wanted, "skipped", "epoch"} for record in trained)
+    assert trained[0]["lr"] == RUN["learning_rate"] / 2 and trained[-1]["lr"] == pytest.approx(1e-3)
+    assert trained[0]["loss"] == pytest.approx(math.log(50_304), rel=0.02)
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.3
+
+
+def test_another_eval_interval_leaves_training_as_it_is(bins, tmp_path, run_dir):
+    other = train_run(bins, tmp_path / "run", eval_interval=1, save_interval=6)
+    assert losses(other) == losses(read_metrics(run_dir))
+    assert losses(other, "val")[2::3] == losses(read_metrics(run_dir), "val")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_three_steps_and_three_after_a_restart_equal_six(bins, tmp_path, dtype):
+    settings = {"dropout": 0.2, "dtype": dtype, "save_interval": 3, "eval_interval": 3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = train_run(bins, whole, **settings)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "step_000006")
+    os.unlink(parts / "latest")
+    found = train_run(bins, parts, **settings)
+    assert [(r["step"], r["split"], r["loss"]) for r in found] == [
+        (r["step"], r["split"], r["loss"]) for r in wanted
+    ]
+    paths = [checkpoint.folder(run, 6) for run in (whole, parts)]
+    models = [checkpoint.read_model(path, checkpoint.verify(path)) for path in paths]
+    states = [checkpoint.read_train_state(path) for path in paths]
+    for tensors in (models, [state["guard"] for state in states]):
+        for name, tensor in tensors[0].items():
+            assert torch.equal(tensor, tensors[1][name]), name
+    for number, moments in states[0]["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, states[1]["optimizer"]["state"][number][name]), name
+    assert states[0]["scaler"] == states[1]["scaler"]
+    assert bool(states[0]["scaler"]) == (dtype == "float16")
+
+
+def test_a_complete_run_is_left_alone(bins, run_dir, tmp_path, capfd):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    assert train_run(bins, out_dir) == read_metrics(run_dir)
+    assert "the run is complete: 6 steps" in capfd.readouterr().out
+    assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
+
+
+def test_a_torn_checkpoint_is_said_aloud_and_an_older_one_taken(bins, run_dir, tmp_path, capfd):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    os.truncate(out_dir / "step_000006" / checkpoint.TRAIN_STATE, 100)
+    assert losses(train_run(bins, out_dir)) == losses(read_metrics(run_dir))
+    said = capfd.readouterr().out
+    assert "damaged checkpoint" in said and "step_000006" in said and "step      3" in said
+    assert (out_dir / "step_000006.damaged").is_dir() and checkpoint.verify(out_dir / "step_000006")
+
+
+def test_a_damaged_older_checkpoint_does_not_stop_a_run(bins, run_dir, tmp_path):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    (out_dir / "step_000003" / checkpoint.META).write_text("torn")
+    records = train_run(bins, out_dir, max_steps=8)
+    assert records[-1]["step"] == 8 and checkpoint.steps(out_dir)[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"micro_batch_size": 1}, {"loss_on": "assistant"}]
+)
+def test_a_run_of_another_identity_is_refused(bins, run_dir, tmp_path, changes):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    with pytest.raises(UserError, match="was made with .* this run has .*--out_dir"):
+        train_run(bins, out_dir, **changes)
+    assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
+
+
+def test_resume_never_and_a_run_in_the_way(bins, run_dir, tmp_path):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run; use --resume=auto .* or another --out_dir"):
+        train_run(bins, out_dir, resume="never")
+
+
+def test_resume_from_another_runs_folder(bins, run_dir, tmp_path):
+    records = train_run(bins, tmp_path / "run", resume=str(run_dir / "step_000003"))
+    assert losses(records) == losses(read_metrics(run_dir))[3:]
+
+
+def test_init_from_takes_the_weights_alone(bins, run_dir, tmp_path):
+    records = train_run(bins, tmp_path / "run", init_from=str(run_dir), seed=7)
+    assert [record["step"] for record in records if record["split"] == "train"] == list(range(6))
+    assert losses(records)[0] < losses(read_metrics(run_dir))[0] - 0.3
+    with pytest.raises(UserError, match="another shape; its settings are --n_embd=16"):
+        train_run(bins, tmp_path / "other", init_from=str(run_dir), n_embd=32)
+
+
+def test_loss_on_assistant_counts_its_targets_alone(bins, tmp_path):
+    split = dataset.Split(bins, "train")
+    first = train_run(bins, tmp_path / "run", loss_on="assistant", dropout=0.0)[0]
+    order = dataset.RowOrder(
+        n_rows=split.n_rows(16), micro_batch_size=2, micro_batches_per_step=2, seed=42
+    )
+    batch = dataset.read_batch(split, order.step(0), 16, "assistant")
+    assert 0 < batch.targets.numel() < 64
+    config = train.TrainConfig(**RUN)
+    torch.manual_seed(42)
+    model = train.GPT(train.model_config(config))
+    assert first["loss"] == pytest.approx(model(*batch).mean().item(), rel=1e-5)
+
+
+def test_rows_without_an_answer_do_not_end_a_run(tmp_path):
+    """Long user turns leave whole steps, and whole evaluations, without a target."""
+    documents = [([7] * 17, [0] * 17)]
+    bins = write_bins(tmp_path / "data", {"train": documents * 20, "val": documents * 20})
+    records = train_run(bins, tmp_path / "run", loss_on="assistant", max_steps=3)
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    assert [record["step"] for record in records if record["split"] == "train"] == [0, 1, 2]
+    assert not any(record.get("skipped") for record in records)
+
+
+def test_a_run_that_skips_too_many_steps_ends(bins, tmp_path):
+    with pytest.raises(UserError, match="[Ss]kipped"):
+        train_run(bins, tmp_path / "run", learning_rate=1e30, grad_clip=0.0, max_steps=30,
+                  warmup_steps=0, max_skipped_steps=3)  # fmt: skip
+
+
+def test_warmup_longer_than_the_run_is_refused(bins, tmp_path):
+    with pytest.raises(
+        UserError, match="warmup_steps=6, but the run has 6 steps .*--warmup_steps=0"
+    ):
+        train_run(bins, tmp_path, warmup_steps=6)
+
+
+def test_one_epoch_takes_all_rows(bins):
+    split = dataset.Split(bins, "train")
+    order = dataset.RowOrder(
+        n_rows=split.n_rows(16), micro_batch_size=2, micro_batches_per_step=2, seed=42
+    )
+    config = train.TrainConfig(**{**RUN, "max_steps": 0})
+    n_steps = train.count_steps(config, order)
+    assert (n_steps - 1) * 4 < order.n_rows <= n_steps * 4
+
+
+def test_uneven_accumulation_over_ranks_is_refused():
+    config = train.TrainConfig(**{**RUN, "gradient_accumulation_steps": 6})
+    train.check_divides(config, 3)
+    with pytest.raises(UserError, match="does not divide over 4 GPUs; use .*=4 or .*=8"):
+        train.check_divides(config, 4)
+
+
+def test_data_shorter_than_a_row_is_refused(bins, tmp_path):
+    with pytest.raises(UserError, match="less than one row of block_size=1000000; use a smaller"):
+        train_run(bins, tmp_path, block_size=1_000_000)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_head": 3},
+        {"n_head": 0},
+        {"n_embd": 0},
+        {"micro_batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+        {"eval_interval": 0},
+        {"eval_rows": -1},
+        {"max_steps": -1},
+        {"max_steps": 0, "epochs": 0.0},
+        {"min_learning_rate": 1.0},
+        {"learning_rate": math.nan},
+        {"warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"grad_clip": -1.0},
+        {"grad_clip": math.nan},
+        {"dropout": 1.0},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_a_senseless_setting_is_refused_by_its_flag(changes):
+    with pytest.raises(UserError, match="--"):
+        train.TrainConfig(**{**RUN, **changes})
+
+
+def test_flops_and_tokens_of_a_record_agree(run_dir):
+    record = read_metrics(run_dir)[0]
+    assert record["tokens"] == 64 and record["mfu"] is None
+    assert metrics.peak_flops("cpu", torch.bfloat16) is None

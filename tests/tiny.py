@@ -1,0 +1,116 @@
+"""The tiny model, batches, bins and runs that several test files share."""
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from model import GPT, GPTConfig
+from nanosynth import dataset, distributed
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train", "prepare", "sample", "eval_ppl")
+CPU = torch.device("cpu")
+ALONE = distributed.World(rank=0, size=1, device=CPU)
+
+RUN = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 6,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "min_learning_rate": 1e-3,
+    "dtype": "float32",
+    "device": "cpu",
+    "eval_interval": 6,
+    "eval_rows": 5,
+    "save_interval": 6,
+    "log_interval": 2,
+}
+
+
+def tiny_model(seed: int = 0, **changes) -> GPT:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def random_ids(*shape: int, seed: int = 0, vocab_size: int = 64) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, vocab_size, shape))
+
+
+def write_bins(data_dir: Path, documents: dict[str, list[tuple[list[int], list[int]]]]) -> str:
+    """Bins of these (ids, mask) documents of each split."""
+    writer = dataset.BinWriter(str(data_dir))
+    for split, pairs in documents.items():
+        for ids, mask in pairs:
+            writer.add(split, ids, mask)
+    writer.finish({"source": "test"}, seed=0)
+    writer.discard()
+    return str(data_dir)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat_row(question: str, answer: str = "Yes.") -> dict:
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
+
+
+def train_run(bins: str, out_dir: Path, **changes) -> list[dict]:
+    """Train within this process; the records of metrics.jsonl."""
+    config = train.TrainConfig(**{**RUN, "data_dir": bins, "out_dir": str(out_dir), **changes})
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        train.main(config, dict.fromkeys(train.TrainConfig.__dataclass_fields__, "test"))
+    finally:
+        faulthandler.cancel_dump_traceback_later()  # train.main watches over its process
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    return read_metrics(out_dir)
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(records: list[dict], split: str = "train") -> list[float]:
+    return [record["loss"] for record in records if record["split"] == split]
+
+
+def flags(**values) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in the repository's root."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def torchrun(n_processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """`--` because torchrun has a --run-path of its own, which --run would abbreviate."""
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}")
+    return command(*launch, "--", *arguments)

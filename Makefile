@@ -1,9 +1,10 @@
 # make demo: train, evaluate and sample a small model on bundled data.  make test: the tests.
+# make faults: the fault campaign, which writes benchmarks/FAULTS.md; up to 45 minutes on 2 cores.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test faults lint venv clean
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
@@ -20,6 +21,9 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.development lint
 	$(RUN) -m pytest
+
+faults: $(VENV)/.development
+	$(RUN) -m pytest tests/faults --campaign
 
 lint: $(VENV)/.development
 	$(RUN) -m ruff check .

@@ -1,0 +1,24 @@
+# A small model for the bundled conversations: about four minutes of training on 2 CPU cores.
+data_dir = "data/demo"
+out_dir = "out/demo"
+
+# Most of the 6.8M parameters are the embedding's; two layers are what copying and looking up need.
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 80  # the longest conversation has 73 tokens
+
+micro_batch_size = 18
+gradient_accumulation_steps = 1  # small batches: many steps count for more than smooth ones
+max_steps = 3500  # about 2.5 epochs
+
+learning_rate = 2e-3
+min_learning_rate = 1e-4
+warmup_steps = 100
+beta2 = 0.98  # the batches are small, so the second moment averages over more of them
+
+loss_on = "assistant"  # the prompts are random draws: there is nothing to learn in them
+
+eval_interval = 500
+save_interval = 1000
+log_interval = 100

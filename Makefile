@@ -11,7 +11,7 @@ demo: $(VENV)/.runtime
 	$(RUN) prepare.py --source=sample --data_dir=data/demo
 	$(RUN) train.py config/demo.py
 	$(RUN) eval_ppl.py --run=out/demo
-	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=24
+	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
 	@echo
 	@echo "data         data/demo/          train.bin, val.bin, masks, meta.json"
 	@echo "checkpoints  out/demo/step_*/    out/demo/latest and out/demo/best name two of them"

@@ -138,18 +138,20 @@ def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) 
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':<16}{'perplexity':>12}{'95% interval':>20}{'bits/byte':>12}{'tokens':>14}"]
+    lines = [f"{'':<16}{'perplexity':>12}{'95% interval':>24}{'bits/byte':>12}{'tokens':>14}"]
     for name in ("all", "assistant"):
         if figures := result.get(name):
-            interval = "{:.3f} - {:.3f}".format(*figures["perplexity_95"])
+            interval = "{:,.3f} - {:,.3f}".format(*figures["perplexity_95"])
             lines.append(
-                f"{name + ' tokens':<16}{figures['perplexity']:>12.3f}{interval:>20}"
+                f"{name + ' tokens':<16}{figures['perplexity']:>12,.3f}{interval:>24}"
                 f"{figures['bits_per_byte']:>12.4f}{figures['tokens']:>14,}"
             )
     lines.append(
         f"{result['documents']:,} documents of {result['data']}, {result['checkpoint']}, context "
         f"{result['block_size']}, stride {result['stride']}, {result['dtype']}"
     )
+    if result["loss_on"] == "assistant":
+        lines.append("trained with loss_on=assistant: no other token was ever a target")
     return "\n".join(lines)
 
 
@@ -175,6 +177,7 @@ def main(config: EvalConfig, origins: dict[str, str]) -> None:
                 "data_sha256": split.sha256,
                 "block_size": model.config.block_size,
                 "stride": stride,
+                "loss_on": meta["identity"]["loss_on"],
                 "dtype": str(dtype).removeprefix("torch."),
                 **summarise(losses, ids, mask, config.seed),
             }

@@ -353,8 +353,8 @@ def evaluate(
 
 def save(
     config: TrainConfig, step: int, training: Training, log: metrics.RunLog, val_loss: float | None
-) -> None:
-    """Publish the checkpoint of `step` and prune; a full disk costs it, not the run."""
+) -> bool:
+    """Whether the checkpoint of `step` is published; a full disk costs it, not the run."""
     run_dir = Path(config.out_dir)
     state = {
         "optimizer": training.optimizer.state_dict(),
@@ -374,8 +374,9 @@ def save(
         checkpoint.prune(run_dir, config.keep_last)
     except OSError as error:
         log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
-    else:
-        log.say(f"step {step:>6}: saved {path}")
+        return False
+    log.say(f"step {step:>6}: saved {path}")
+    return True
 
 
 def check_health(config: TrainConfig, records: list[dict]) -> None:
@@ -444,24 +445,38 @@ def open_log(
 
 
 def main(config: TrainConfig, origins: dict[str, str]) -> None:
-    train_split, val_split = open_splits(config)
+    splits = open_splits(config)
     order = dataset.RowOrder(
-        n_rows=train_split.n_rows(config.block_size),
+        n_rows=splits[0].n_rows(config.block_size),
         micro_batch_size=config.micro_batch_size,
         micro_batches_per_step=config.gradient_accumulation_steps,
         seed=config.seed,
     )
     max_steps = count_steps(config, order)
     with distributed.start(config.device, config.hang_seconds) as world:
-        check_divides(config, world.size)
-        stop = distributed.StopSignal()
-        training = build(config, world, train_split)
-        log = open_log(config, origins, world, training, max_steps)
-        if training.first_step >= max_steps:
-            log.say(f"the run is complete: {training.first_step} steps in {config.out_dir}")
-        else:
-            loop(config, world, training, log, stop, (train_split, val_split), order, max_steps)
-        log.close()
+        run(config, origins, world, splits, order, max_steps)
+
+
+def run(
+    config: TrainConfig,
+    origins: dict[str, str],
+    world: distributed.World,
+    splits: tuple[dataset.Split, dataset.Split],
+    order: dataset.RowOrder,
+    max_steps: int,
+) -> None:
+    """Build, train, close. Its own function, so that DDP is gone before the process group: the last
+    reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
+    """
+    check_divides(config, world.size)
+    stop = distributed.StopSignal()
+    training = build(config, world, splits[0])
+    log = open_log(config, origins, world, training, max_steps)
+    if training.first_step >= max_steps:
+        log.say(f"the run is complete: {training.first_step} steps in {config.out_dir}")
+    else:
+        loop(config, world, training, log, stop, splits, order, max_steps)
+    log.close()
 
 
 def loop(
@@ -482,6 +497,7 @@ def loop(
     n_val_rows = val_split.n_rows(config.block_size)
     n_eval_rows = min(config.eval_rows, n_val_rows) if config.eval_rows else n_val_rows
     best_loss = checkpoint.best_loss(Path(config.out_dir))
+    saved = True  # rank 0 alone saves; the others hear of a failure at the end
     # A broken evaluation shows in the first minute, not at the first interval.
     two_batches = min(n_eval_rows, 2 * config.micro_batch_size * world.size)
     loss = evaluate(training, val_split, world, config, n_rows=two_batches)
@@ -501,12 +517,17 @@ def loop(
                 started = time.perf_counter()
                 val_loss = evaluate(training, val_split, world, config, n_rows=n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
-                if val_loss < best_loss:
-                    best_loss, save_due = val_loss, True
+                save_due |= val_loss < best_loss
             if save_due and world.is_main:
-                save(config, step, training, log, val_loss)
+                saved = save(config, step, training, log, val_loss)
+                best_loss = checkpoint.best_loss(Path(config.out_dir))
             log.restart_clock()
         if is_last:
+            if world.any(not saved):
+                raise UserError(
+                    f"step {step} is not saved; free some space and run the same command again: it "
+                    "goes on from the newest checkpoint"
+                )
             if stopping:
                 log.say(f"stopped by a signal at step {step}; the same command goes on from there")
             return

@@ -25,6 +25,8 @@ from nanosynth.files import HashedFile, sync_folder, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
+STATE_KEYS = ("optimizer", "scaler", "guard", "metrics_bytes")
+META_KEYS = {"format_version", "step", "aliases", "files", "val_loss", "identity"}
 
 
 class Damaged(UserError):
@@ -101,8 +103,11 @@ def read_meta(path: Path) -> dict:
         meta = json.loads(content)
         meta.pop("meta_sha256")
         intact = _serialise(meta) == content and path.name == f"step_{meta['step']:06d}"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Damaged(f"{path / META} cannot be read: {error!r}") from None
+        absent = META_KEYS - meta.keys()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path / META} cannot be read: {type(error).__name__}: {error}") from None
+    if absent:
+        raise Damaged(f"{path / META} lacks {', '.join(sorted(absent))}")
     if not intact:
         raise Damaged(f"{path / META} is not as it was written")
     if meta["format_version"] != FORMAT_VERSION:
@@ -222,20 +227,22 @@ def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
     """The model's tensors on the CPU, under all their names. Verify first."""
     try:
         tensors = safetensors.torch.load_file(path / MODEL)
-    except safetensors.SafetensorError as error:
-        raise Damaged(f"{path / MODEL} is not a safetensors file: {error}") from None
-    for name, stored_name in meta["aliases"].items():
-        tensors[name] = tensors[stored_name]
-    return tensors
+        return tensors | {name: tensors[stored] for name, stored in meta["aliases"].items()}
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise Damaged(f"{path / MODEL} is not as {META} says: {error}") from None
 
 
 def read_train_state(path: Path) -> dict:
     """What training needs beside the model, on the CPU. Verify first."""
     try:
-        return torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        state = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+        absent = set(STATE_KEYS) - state.keys()
+    except (pickle.UnpicklingError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise Damaged(f"{path / TRAIN_STATE} is refused: {reason}") from None
+    if absent:
+        raise Damaged(f"{path / TRAIN_STATE} lacks {', '.join(sorted(absent))}")
+    return state
 
 
 def prune(run_dir: Path, keep_last: int) -> None:

@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import shutil
@@ -355,3 +356,12 @@ def test_flops_and_tokens_of_a_record_agree(run_dir):
     record = read_metrics(run_dir)[0]
     assert record["tokens"] == 64 and record["mfu"] is None
     assert metrics.peak_flops("cpu", torch.bfloat16) is None
+
+
+def test_a_run_whose_last_save_fails_says_so_and_fails(bins, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    with pytest.raises(UserError, match="step 6 is not saved"):
+        train_run(bins, tmp_path / "run")

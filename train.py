@@ -309,6 +309,8 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     if resume_from:
         first_step = load_weights(raw_model, resume_from)["step"]
         state = checkpoint.read_train_state(resume_from)
+        if absent := {"optimizer", "scaler", "guard", "metrics_bytes"} - state.keys():
+            raise checkpoint.Damaged(f"{resume_from}: its training state lacks {sorted(absent)}")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         guard.load_state_dict(state["guard"])

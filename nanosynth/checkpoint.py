@@ -25,7 +25,6 @@ from nanosynth.files import HashedFile, sync_folder, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
-STATE_KEYS = ("optimizer", "scaler", "guard", "metrics_bytes")
 META_KEYS = {"format_version", "step", "aliases", "files", "val_loss", "identity"}
 
 
@@ -235,14 +234,10 @@ def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
 def read_train_state(path: Path) -> dict:
     """What training needs beside the model, on the CPU. Verify first."""
     try:
-        state = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
-        absent = set(STATE_KEYS) - state.keys()
-    except (pickle.UnpicklingError, RuntimeError, ValueError, AttributeError) as error:
+        return torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise Damaged(f"{path / TRAIN_STATE} is refused: {reason}") from None
-    if absent:
-        raise Damaged(f"{path / TRAIN_STATE} lacks {', '.join(sorted(absent))}")
-    return state
 
 
 def prune(run_dir: Path, keep_last: int) -> None:

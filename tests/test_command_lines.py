@@ -39,7 +39,7 @@ def test_from_conversations_to_samples(conversations_file, tmp_path):
 
     scored = succeed(command("eval_ppl.py", f"--run={out_dir}", "--dtype=float32"))
     figures = json.loads((out_dir / "eval_ppl.json").read_text())
-    assert f"{figures['all']['perplexity']:.3f}" in scored
+    assert f"{figures['all']['perplexity']:,.3f}" in scored
     by_two = torchrun(2, "eval_ppl.py", f"--run={out_dir}", "--dtype=float32", "--device=cpu")
     succeed(by_two)
     again = json.loads((out_dir / "eval_ppl.json").read_text())

@@ -97,7 +97,7 @@ def test_whole_evaluation(bins, run_dir, tmp_path, capsys):
     assert plain["checkpoint"].endswith("step_000006") and plain["stride"] == 16
     assert one_by_one["all"]["perplexity"] == pytest.approx(plain["all"]["perplexity"], rel=1e-6)
     assert overlapping["all"]["perplexity"] != plain["all"]["perplexity"]
-    assert f"{plain['all']['perplexity']:.3f}" in capsys.readouterr().out
+    assert f"{plain['all']['perplexity']:,.3f}" in capsys.readouterr().out
 
 
 def test_stride_past_the_context_is_refused(run_dir):

@@ -186,7 +186,7 @@ def lookup(draw: Draw) -> list[Turn]:
         (
             ("{} is {}", "How old is {}? | What is the age of {}?", range(1, 31)),
             ("{} lives in {}", "Where does {} live? | Where is the home of {}?", CITIES),
-            ("{} likes {}", "What does {} like? | What is the favourite of {}?", COLOURS),
+            ("{} likes {}", "What does {} like? | What is the favourite colour of {}?", COLOURS),
         )
     )
     names = draw.some(NAMES, draw.between(2, 3))

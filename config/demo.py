@@ -10,7 +10,7 @@ block_size = 80  # the longest conversation has 73 tokens
 
 micro_batch_size = 18
 gradient_accumulation_steps = 1  # small batches: many steps count for more than smooth ones
-max_steps = 3200  # about 2.2 epochs
+max_steps = 3800  # about 2.6 epochs
 
 learning_rate = 2e-3
 min_learning_rate = 1e-4

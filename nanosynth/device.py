@@ -48,8 +48,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
-    Large CPU tensors are otherwise mapped and faulted in anew at each step, which took a third of
-    the demo's time. Does nothing where the C library is another one.
+    Large CPU tensors are otherwise mapped and faulted in anew at each step (what that costs:
+    benchmarks/keep_memory.py). Does nothing where the C library is another one.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # malloc.h

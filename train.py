@@ -373,11 +373,14 @@ def save(
     try:
         state["metrics_bytes"] = log.synced_size()
         path = checkpoint.save(run_dir, step, model=tensors, train_state=state, meta=meta)
-        checkpoint.prune(run_dir, config.keep_last)
     except OSError as error:
         log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
         return False
     log.say(f"step {step:>6}: saved {path}")
+    try:
+        checkpoint.prune(run_dir, config.keep_last)
+    except OSError as error:
+        log.say(f"step {step:>6}: old checkpoints stay, training goes on: {error}")
     return True
 
 

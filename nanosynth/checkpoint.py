@@ -58,7 +58,6 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(run_dir)
-    write_atomically(run_dir / "latest", target.name)
     return target
 
 
@@ -241,11 +240,14 @@ def read_train_state(path: Path) -> dict:
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` folders and the best one; name the best in `best`."""
-    best_path = best(run_dir)
+    """Name the newest and the best folder in `latest` and `best`; delete the others but the newest
+    `keep_last`.
+    """
+    saved, best_path = steps(run_dir), best(run_dir)
+    write_atomically(run_dir / "latest", folder(run_dir, saved[-1]).name)
     if best_path:
         write_atomically(run_dir / "best", best_path.name)
-    for step in steps(run_dir)[:-keep_last]:
+    for step in saved[:-keep_last]:
         if folder(run_dir, step) != best_path:
             _remove(folder(run_dir, step))
 

@@ -51,7 +51,6 @@ def test_round_trip(run):
     assert set(tensors) == {"wte", "bias", "lm_head"}
     state = checkpoint.read_train_state(path)
     assert torch.equal(state["moments"][0], torch.ones(3)) and state["scale"] == 0.1
-    assert (run / "latest").read_text() == "step_000003"
 
 
 def test_a_tied_tensor_is_stored_once(run):
@@ -134,7 +133,6 @@ def test_a_save_cut_short_leaves_the_run_as_it_was(run):
         checkpoint.save(run, 4, model={"w": torch.ones(2)}, train_state={}, meta={"x": object()})
     assert checkpoint.steps(run) == [1, 2, 3]
     assert not list(run.glob(".tmp*"))
-    assert (run / "latest").read_text() == "step_000003"
 
 
 @pytest.mark.parametrize(("keep_last", "kept"), [(1, [2, 5]), (2, [2, 4, 5]), (4, [2, 3, 4, 5])])

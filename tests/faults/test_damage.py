@@ -219,12 +219,15 @@ def test_hostile_checkpoint(attack, copy, fault_bins, tally):
     row.check()
 
 
-def test_no_secret_is_written(work, fault_bins, tally):
-    row = tally("a secret in the environment: in no file")
+@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+def test_no_secret_is_written(wandb, work, fault_bins, tally):
+    row = tally(f"a secret in the environment, wandb {wandb}: in no file")
     secret = "s3cr3t-0123456789"
-    run = Run(fault_bins, work / "run")
+    run = Run(fault_bins, work / "run", wandb=wandb)
     run.finish(WANDB_API_KEY=secret, HF_TOKEN=secret, AWS_SECRET_ACCESS_KEY=secret)
-    for path in [*run.out_dir.rglob("*"), run.log_path]:
+    written = list(run.out_dir.rglob("*"))
+    assert any(path.suffix == ".wandb" for path in written) == (wandb == "offline"), run.log
+    for path in [*written, run.log_path]:
         if path.is_file():
             row.land("files")
             row.trial([str(path)] if secret.encode() in path.read_bytes() else [])

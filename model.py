@@ -176,6 +176,10 @@ class GPT(nn.Module):
             return logits
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `max_tokens` tokens."""
+        return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
+
     def n_parameters(self) -> int:
         """Parameters, the tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())

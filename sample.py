@@ -10,7 +10,6 @@ Usage:
 import codecs
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,13 +57,10 @@ class SampleConfig:
 if __name__ == "__main__":
     arguments = settings.from_argv(SampleConfig)  # before torch takes its time
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, KVCache
-from nanosynth import checkpoint, dataset
+from model import GPT, GPTConfig
+from nanosynth import checkpoint, dataset, generation
 from nanosynth.device import choose_device, choose_dtype
 from nanosynth.files import write_atomically
 
@@ -78,89 +74,20 @@ def load_model(config: SampleConfig) -> GPT:
     return model.to(device, choose_dtype(config.dtype, device)).eval()
 
 
-def pick(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
-) -> Tensor:
-    """The next ids (B,) from logits (B, V); `uniforms` (B,) in [0, 1) are the only randomness."""
-    logits = logits[:, : chat.N_IDS].float()
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    values, ids = logits.topk(top_k if 0 < top_k < chat.N_IDS else chat.N_IDS)  # sorted, (B, K)
-    probabilities = torch.softmax(values / temperature, dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities[before >= top_p] = 0.0  # the likeliest token always stays
-    cumulative = probabilities.cumsum(dim=-1)
-    thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, thresholds, right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # where rounding would go past the end
-    return ids.gather(1, torch.minimum(places, last)).squeeze(1)
-
-
-@torch.inference_mode()
-def stream(
-    model: GPT,
-    prompts: list[list[int]],
-    streams: list[np.random.Generator],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Iterator[list[int | None]]:
-    """Step by step, the next id of each prompt's continuation; None once a stop id has been given.
-
-    Row b draws from streams[b] alone. Prompts and continuations must fit the context.
-    """
-    device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    padded = [prompt + [chat.END_OF_TEXT] * (longest - len(prompt)) for prompt in prompts]
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, like=model.lm_head.weight)
-    last = torch.arange(len(prompts)) * longest + lengths - 1
-    logits = model(torch.tensor(padded).to(device), logit_index=last.to(device), cache=cache)
-    cache.advance(lengths.to(device))
-    finished = [False] * len(prompts)
-    for n_new in range(1, max_new_tokens + 1):
-        uniforms = torch.tensor([generator.random() for generator in streams], device=device)
-        next_ids = pick(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
-        values = next_ids.tolist()
-        yield [None if done else id for id, done in zip(values, finished, strict=True)]
-        finished = [done or id in chat.STOP_IDS for id, done in zip(values, finished, strict=True)]
-        if all(finished) or n_new == max_new_tokens:
-            return
-        logits = model(next_ids[:, None], cache=cache)
-        cache.advance(torch.ones_like(next_ids))
-
-
-def generate(
-    model: GPT, prompts: list[list[int]], numbers: list[int], config: SampleConfig
-) -> list:
-    """The continuations' ids, stop id included; answer `numbers[b]` of the seed for prompt b."""
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for ids in _stream(model, prompts, numbers, config):
-        for continuation, id in zip(continuations, ids, strict=True):
-            if id is not None:
-                continuation.append(id)
-    return continuations
-
-
-def _stream(
-    model: GPT, prompts: list[list[int]], numbers: list[int], config: SampleConfig
-) -> Iterator[list[int | None]]:
-    return stream(
-        model,
-        prompts,
-        [np.random.default_rng([config.seed, number]) for number in numbers],
-        max_new_tokens=min(config.max_new_tokens, model.config.block_size // 2),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
+def sampling(config: SampleConfig) -> dict:
+    """What `generation.stream` wants to know."""
+    return {
+        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+    }
 
 
 def fit(ids: list[int], model: GPT, config: SampleConfig) -> list[int]:
     """The last tokens of a prompt, as many as leave room for the answer; says what it drops."""
-    room = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
+    room = generation.room(model.config.block_size, config.max_new_tokens)
     if len(ids) > room:
         found = f"a prompt of {len(ids)} tokens in a context of {model.config.block_size}"
         print(f"{found}: its first {len(ids) - room} are dropped", file=sys.stderr)
@@ -178,7 +105,7 @@ def stream_text(model: GPT, prompt: list[int], number: int, config: SampleConfig
     """Print the answer as it comes, whole characters at a time; the answer's text."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text = ""
-    for (id,) in _stream(model, [prompt], [number], config):
+    for (id,) in generation.stream(model, [prompt], [number], **sampling(config)):
         piece = decoder.decode(b"" if id in chat.STOP_IDS else chat.token_text(id))
         print(piece, end="", flush=True)
         text += piece
@@ -190,7 +117,7 @@ def converse(model: GPT, config: SampleConfig) -> None:
     """A conversation in the terminal; the oldest turns leave when the context is full."""
     print("an empty line ends the conversation, /new starts another")
     system = [("system", config.system)] if config.system else []
-    room = model.config.block_size - min(config.max_new_tokens, model.config.block_size // 2)
+    room = generation.room(model.config.block_size, config.max_new_tokens)
     turns: list[chat.Turn] = []
     number = 0
     while text := _read_line("you> "):
@@ -257,7 +184,8 @@ def answer_all(model: GPT, config: SampleConfig) -> list[dict]:
     by_length = sorted(range(len(records)), key=lambda number: len(records[number][0]))
     for start in tqdm(range(0, len(records), config.batch_size), unit="batch", disable=None):
         numbers = by_length[start : start + config.batch_size]
-        continuations = generate(model, [records[n][0] for n in numbers], numbers, config)
+        prompts = [records[number][0] for number in numbers]
+        continuations = generation.generate(model, prompts, numbers, **sampling(config))
         for number, ids in zip(numbers, continuations, strict=True):
             ended = ids[-1] in chat.STOP_IDS
             record = records[number][1]

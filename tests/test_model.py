@@ -5,7 +5,7 @@ import torch
 import transformers
 from tiny import REPO, random_ids, tiny_model
 
-from model import GPT, KVCache
+from model import GPT
 from nanosynth import settings
 from train import TrainConfig, model_config
 
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_cached_logits_equal_whole_ones():
     model = tiny_model().eval()
     ids = random_ids(2, 10)
-    cache = KVCache(model.config, 2, 10, like=model.lm_head.weight)
+    cache = model.new_cache(2, 10)
     found = []
     for chunk in ids.split([4, 1, 3, 2], dim=1):
         found.append(model(chunk, cache=cache).view(2, chunk.shape[1], -1))

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 import sample
-from nanosynth import UserError, chat
+from nanosynth import UserError, chat, generation
 
 PROMPTS = [[1, 2, 3], [50_000, 7, 9, 11, 13, 2, 40], [5], [700, 800]]
 
@@ -31,7 +31,7 @@ def config_of(**changes) -> sample.SampleConfig:
 
 def generate(model, prompts, numbers=None, **changes) -> list[list[int]]:
     numbers = list(range(len(prompts))) if numbers is None else numbers
-    return sample.generate(model, prompts, numbers, config_of(**changes))
+    return generation.generate(model, prompts, numbers, **sample.sampling(config_of(**changes)))
 
 
 def script_of(model, *ids: int) -> None:
@@ -89,7 +89,7 @@ def pick(logits: list[float], uniforms: list[float], **changes) -> list[int]:
     padded[:, : len(logits)] = torch.tensor(logits)
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes
     drawn = torch.tensor(uniforms, dtype=torch.float64)
-    return sample.pick(padded, drawn, **settings).tolist()
+    return generation.pick(padded, drawn, **settings).tolist()
 
 
 # Ids 0 to 3 of probability 0.1, 0.4, 0.2, 0.3; from the likeliest down: 1, 3, 2, 0.
@@ -140,7 +140,9 @@ def test_padding_ids_are_never_picked(temperature):
     logits = torch.zeros(1, chat.VOCAB_SIZE)
     logits[:, chat.N_IDS :] = 100.0
     logits[:, chat.IM_END] = 50.0
-    found = sample.pick(logits, torch.tensor([0.5]), temperature=temperature, top_k=0, top_p=1.0)
+    found = generation.pick(
+        logits, torch.tensor([0.5]), temperature=temperature, top_k=0, top_p=1.0
+    )
     assert found.tolist() == [chat.IM_END]
 
 

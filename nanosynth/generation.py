@@ -1,0 +1,87 @@
+"""Text from a model: the next id from logits, and continuations of a batch of prompts.
+
+Knows the model by its forward, `new_cache` and configuration alone.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanosynth import chat
+
+
+def pick(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """The next ids (B,) from logits (B, V); `uniforms` (B,) in [0, 1) are the only randomness."""
+    logits = logits[:, : chat.N_IDS].float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    values, ids = logits.topk(top_k if 0 < top_k < chat.N_IDS else chat.N_IDS)  # sorted, (B, K)
+    probabilities = torch.softmax(values / temperature, dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities[before >= top_p] = 0.0  # the likeliest token always stays
+    cumulative = probabilities.cumsum(dim=-1)
+    thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, thresholds, right=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # where rounding would go past the end
+    return ids.gather(1, torch.minimum(places, last)).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(
+    model: nn.Module,
+    prompts: list[list[int]],
+    numbers: list[int],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Iterator[list[int | None]]:
+    """Step by step, the next id of each prompt's continuation; None once a stop id has been given.
+
+    Row b is answer numbers[b] of the seed: it draws from a stream of its own, whatever stands
+    beside it. A prompt may have `room` tokens.
+    """
+    streams = [np.random.default_rng([seed, number]) for number in numbers]
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    padded = [prompt + [chat.END_OF_TEXT] * (longest - len(prompt)) for prompt in prompts]
+    max_new_tokens = min(max_new_tokens, model.config.block_size // 2)
+    cache = model.new_cache(len(prompts), longest + max_new_tokens)
+    last = torch.arange(len(prompts)) * longest + lengths - 1
+    logits = model(torch.tensor(padded).to(device), logit_index=last.to(device), cache=cache)
+    cache.advance(lengths.to(device))
+    finished = [False] * len(prompts)
+    for n_new in range(1, max_new_tokens + 1):
+        uniforms = torch.tensor([generator.random() for generator in streams], device=device)
+        next_ids = pick(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+        values = next_ids.tolist()
+        yield [None if done else id for id, done in zip(values, finished, strict=True)]
+        finished = [done or id in chat.STOP_IDS for id, done in zip(values, finished, strict=True)]
+        if all(finished) or n_new == max_new_tokens:
+            return
+        logits = model(next_ids[:, None], cache=cache)
+        cache.advance(torch.ones_like(next_ids))
+
+
+def generate(
+    model: nn.Module, prompts: list[list[int]], numbers: list[int], **sampling: float
+) -> list[list[int]]:
+    """The ids of each prompt's continuation, stop id included; arguments as of `stream`."""
+    continuations: list[list[int]] = [[] for _ in prompts]
+    for ids in stream(model, prompts, numbers, **sampling):
+        for continuation, id in zip(continuations, ids, strict=True):
+            if id is not None:
+                continuation.append(id)
+    return continuations
+
+
+def room(block_size: int, max_new_tokens: int) -> int:
+    """Tokens of a prompt that leave room for the answer, which takes half the context at most."""
+    return block_size - min(max_new_tokens, block_size // 2)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from nanosynth import UserError
 
+MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
+
 
 def setting(default: object, help: str) -> typing.Any:
     """One field of a settings dataclass: its default and the line that --help prints."""
@@ -68,7 +70,11 @@ def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) 
             equals, text = "=", "True"
         if not equals or not flag.startswith("--"):
             raise UserError(f"cannot read {flag!r}; flags are written --key=value, see --help")
-        values[name] = check(name, text, field_types, "the command line", parse=True)
+        if field_types.get(name) == MANY:
+            earlier = values[name] if origins[name] == "command line" else ()
+            values[name] = (*earlier, text)
+        else:
+            values[name] = check(name, text, field_types, "the command line", parse=True)
         origins[name] = "command line"
     return cls(**values), origins
 
@@ -96,6 +102,9 @@ def check(name: str, value: object, field_types: dict, origin: str, *, parse: bo
     for member in _members(wanted):
         if typing.get_origin(member) is typing.Literal:
             if value in typing.get_args(member) and isinstance(value, str):
+                return value
+        elif member == MANY:
+            if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
                 return value
         elif member is float and type(value) is int:
             return float(value)
@@ -126,6 +135,8 @@ def type_name(wanted: object) -> str:
     for member in _members(wanted):
         if typing.get_origin(member) is typing.Literal:
             names += typing.get_args(member)
+        elif member == MANY:
+            names.append("str ...")
         else:
             names.append("None" if member is type(None) else member.__name__)
     return "|".join(names)

@@ -21,6 +21,7 @@ class Example:
     revision: str | None = setting(None, "which")
     dtype: Literal["auto", "float16"] = setting("auto", "precision")
     compile: bool | Literal["auto"] = setting("auto", "when")
+    run: settings.MANY = setting(("a",), "which ones")
 
 
 def load(*argv: str) -> Example:
@@ -46,6 +47,13 @@ def test_flags_override_the_file_which_overrides_defaults(tmp_path):
     assert origins["bias"] == "default"
 
 
+def test_a_flag_of_many_values_is_given_several_times(tmp_path):
+    path = write_config(tmp_path, "run = ('x', 'y')\n")
+    assert load(path).run == ("x", "y")
+    assert load(path, "--run=b", "--run=c").run == ("b", "c")
+    refuses("run in .*: wanted str ..., got 'x'", write_config(tmp_path, "run = 'x'\n"))
+
+
 @pytest.mark.parametrize(
     ("flag", "wanted"),
     [
@@ -56,6 +64,7 @@ def test_flags_override_the_file_which_overrides_defaults(tmp_path):
         ("--bias=false", {"bias": False}),
         ("--bias=True", {"bias": True}),
         ("--name=12", {"name": "12"}),
+        ("--run=b", {"run": ("b",)}),
         ("--name=a=b --c", {"name": "a=b --c"}),
         ("--name=", {"name": ""}),
         ("--name=True", {"name": "True"}),

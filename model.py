@@ -147,6 +147,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def zero_projections(self) -> None:
+        """Start every block as the identity: its projections into the residual stream are zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.zero_()
+
     def forward(
         self,
         ids: Tensor,

@@ -52,10 +52,12 @@ class TrainConfig:
     max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes")
     epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0")
 
-    optimizer: Literal["adamw"] = setting("adamw", "which optimizer")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: on the blocks' matrices")
     learning_rate: float = setting(2e-4, "the peak, after warmup")
-    min_learning_rate: float = setting(2e-5, "where the cosine ends")
+    min_learning_rate: float = setting(2e-5, "where the decay ends")
     warmup_steps: int = setting(1000, "steps of linear warmup")
+    decay: Literal["cosine", "linear"] = setting("cosine", "how the learning rate falls")
+    zero_init: bool = setting(False, "residual projections start at zero, not at GPT-2's noise")
     weight_decay: float = setting(0.01, "on matrices and embeddings")
     beta1: float = setting(0.9, "AdamW's first moment")
     beta2: float = setting(0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999")
@@ -169,7 +171,7 @@ def check_divides(config: TrainConfig, world_size: int) -> None:
 
 def train_step(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | optim.Muon,
     scaler: torch.amp.GradScaler,
     guard: optim.SpikeGuard,
     batches: Iterable[tuple[int, dataset.Batch]],
@@ -274,7 +276,7 @@ class Training(NamedTuple):
 
     raw_model: GPT
     model: torch.nn.Module  # raw_model, or DDP around it
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | optim.Muon
     scaler: torch.amp.GradScaler
     guard: optim.SpikeGuard
     dtype: torch.dtype
@@ -291,12 +293,15 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
     torch.manual_seed(config.seed)
     with world.device:
         raw_model = GPT(model_config(config))
+    if config.zero_init:
+        raw_model.zero_projections()
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = optim.build_optimizer(
         config.optimizer,
         raw_model,
         weight_decay=config.weight_decay,
         betas=(config.beta1, config.beta2),
+        world=world,
     )
     # A run has few steps: the scale starts low and grows soon (defaults: 65,536 and 2,000).
     scaler = torch.amp.GradScaler(
@@ -558,6 +563,7 @@ def train_one(
         warmup_steps=config.warmup_steps,
         learning_rate=config.learning_rate,
         min_learning_rate=config.min_learning_rate,
+        decay=config.decay,
     )
     optim.set_learning_rate(training.optimizer, learning_rate)
     n_targets = dataset.count_targets(split, order.step(step), config.block_size, config.loss_on)

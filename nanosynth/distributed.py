@@ -38,6 +38,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors, all of one shape, joined along the first. Call on every rank."""
+        if self.size == 1:
+            return tensor
+        joined = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(joined, tensor.contiguous())
+        return joined
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank. Call on every rank."""
         return bool(self.sum(torch.tensor(int(flag))))

@@ -21,9 +21,16 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
         assert world.from_main(("x", None)) == ("x", None)
 
 
-def test_two_processes_equal_one(bins, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_equal_one(bins, tmp_path, optimizer):
     """Also with dropout and uneven masks, and when the two go on from the one's checkpoint."""
-    settings = {"dropout": 0.1, "loss_on": "assistant", "save_interval": 3, "log_interval": 1}
+    settings = {
+        "optimizer": optimizer,
+        "dropout": 0.1,
+        "loss_on": "assistant",
+        "save_interval": 3,
+        "log_interval": 1,
+    }
     settings |= {"gradient_accumulation_steps": 4, "micro_batch_size": 3}
     wanted = train_run(bins, tmp_path / "one", **settings)
     flag_list = flags(**{**RUN, **settings, "data_dir": bins, "out_dir": tmp_path / "two"})

@@ -129,3 +129,12 @@ def test_cached_logits_equal_whole_ones():
 def test_too_long_an_input_is_refused():
     with pytest.raises(AssertionError, match="17 tokens exceed block_size 16"):
         tiny_model()(random_ids(1, 17))
+
+
+def test_zero_projections_make_each_block_the_identity():
+    model = tiny_model().eval()
+    model.zero_projections()
+    x = torch.randn(1, 4, 16)
+    for block in model.transformer.h:
+        assert torch.equal(block(x), x)
+    assert model.transformer.h[0].mlp.c_fc.weight.any()

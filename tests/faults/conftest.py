@@ -13,7 +13,8 @@ from faults import rig
 
 # fault -> (trials with the other tests, trials of the campaign). The only place of counts.
 TRIALS = {
-    "SIGKILL at a random time, resumed": (5, 500),
+    "SIGKILL at a random time, resumed, adamw": (5, 500),
+    "SIGKILL at a random time, resumed, muon": (3, 100),
     "10 SIGKILLs in a row, resumed": (1, 50),
     "power cut within a save: states replayed": (300, 3000),
     "one bit flipped": (300, 10_000),

@@ -270,7 +270,9 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
     config = train.TrainConfig(**{**FLAGS, "out_dir": str(run_dir)})
     run_dir.mkdir(parents=True, exist_ok=True)
     model = tiny.tiny_model(n_layer=1)
-    optimizer = train.optim.build_optimizer("adamw", model, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = train.optim.build_optimizer(
+        "adamw", model, weight_decay=0.1, betas=(0.9, 0.95), world=tiny.ALONE
+    )
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
     scaler, guard = torch.amp.GradScaler("cpu"), train.optim.SpikeGuard(8.0, tiny.CPU)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from faults import disk, rig
 from faults.rig import Run
 from nanosynth import checkpoint
@@ -34,15 +36,16 @@ def kill_at(run: Run, seconds: float) -> str:
     return where_killed(run, run.log[said:]) if process.exitcode == -9 else ""
 
 
-def test_random_kill(work, fault_bins, alone, tally):
-    row = tally("SIGKILL at a random time, resumed")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_random_kill(optimizer, work, fault_bins, tally):
+    row = tally(f"SIGKILL at a random time, resumed, {optimizer}")
     chance = random.Random(1)
-    seconds = Run(fault_bins, work / "warm").finish().seconds
+    whole = Run(fault_bins, work / "whole", optimizer=optimizer).finish()
     for number in range(4 * row.wanted):
-        run = Run(fault_bins, work / str(number))
-        if where := kill_at(run, chance.uniform(0, seconds)):
+        run = Run(fault_bins, work / str(number), optimizer=optimizer)
+        if where := kill_at(run, chance.uniform(0, whole.seconds)):
             row.land(where)
-            row.trial(run.finish().complaints(alone))
+            row.trial(run.finish().complaints(whole))
         run.remove()
         if row.trials == row.wanted:
             break

@@ -63,9 +63,15 @@ def test_spike_is_skipped_by_a_window_that_survives_a_kill(work, fault_bins, tal
     row.check()
 
 
-def test_other_number_of_ranks(work, fault_bins, tally):
-    row = tally("resumed by another number of ranks (1, 2, 4)")
-    flags = {"gradient_accumulation_steps": 4, "micro_batch_size": 1, "dtype": "float32"}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_other_number_of_ranks(optimizer, work, fault_bins, tally):
+    row = tally(f"resumed by another number of ranks (1, 2, 4), {optimizer}")
+    flags = {
+        "optimizer": optimizer,
+        "gradient_accumulation_steps": 4,
+        "micro_batch_size": 1,
+        "dtype": "float32",
+    }
     whole = Run(fault_bins, work / "whole", **flags).finish()
     wanted = read_metrics(whole.out_dir)
     for first, second in ((1, 2), (2, 4), (4, 1)):

@@ -1,0 +1,230 @@
+"""Recipes side by side: the validation loss that equal tokens buy, over three seeds.
+
+AdamW and Muon are tuned alike: every learning rate of LEARNING_RATES at the first seed; the best is
+then run at all seeds, by their variants too. Runs are those of train.py; a finished one is kept, so
+the command may be cut short and given again. Writes OUT_DIR/SIZE.md and SIZE.png.
+
+Usage:
+    python prepare.py --source=conversations.json --data_dir=data/mine
+    python -m benchmarks.recipe --data_dir=data/mine --size=m
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanosynth import UserError, settings
+from nanosynth.settings import setting
+
+STEPS, TOKENS_PER_STEP = 400, 4096
+SIZES = {
+    "s": {"n_layer": 4, "n_head": 2, "n_embd": 64},
+    "m": {"n_layer": 6, "n_head": 4, "n_embd": 128},
+    "l": {"n_layer": 8, "n_head": 4, "n_embd": 256},
+}
+BASE = {
+    "block_size": 256,
+    "micro_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "warmup_steps": STEPS // 10,
+    "eval_rows": 128,
+    "log_interval": 50,
+    "keep_last": 2,
+}
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
+SEEDS = (42, 43, 44)
+MUON, LINEAR_TO_ZERO = {"optimizer": "muon"}, {"decay": "linear", "min_learning_rate": 0.0}
+FAST = {**MUON, **LINEAR_TO_ZERO, "zero_init": True}
+# Each as what it changes against the first, the baseline. A variant takes the learning rate of the
+# tuned recipe that shares its optimizer.
+RECIPES = {
+    "adamw": {},
+    "adamw, linear to 0": LINEAR_TO_ZERO,
+    "muon": MUON,
+    "muon, linear to 0": {**MUON, **LINEAR_TO_ZERO},
+    "muon, zero init": {**MUON, "zero_init": True},
+    "muon, beta2 0.99": {**MUON, "beta2": 0.99},
+    "muon, weight decay 0.1": {**MUON, "weight_decay": 0.1},
+    "muon, half the warmup": {**MUON, "warmup_steps": STEPS // 20},
+    "muon, half the batch": {
+        **MUON,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2 * STEPS,
+        "warmup_steps": STEPS // 5,
+    },
+    "fast": FAST,
+    "fast, 60% of the tokens": {
+        **FAST,
+        "max_steps": STEPS * 6 // 10,
+        "warmup_steps": STEPS * 6 // 100,
+    },
+}
+TUNED = ("adamw", "muon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """Compare recipes at one size."""
+
+    data_dir: str = setting("data/gpteacher", "prepared bins")
+    size: Literal["s", "m", "l"] = setting("m", "4 x 64, 6 x 128 or 8 x 256 (layers x channels)")
+    recipe: settings.MANY = setting((), "which, beside adamw; none: all")
+    out_dir: str = setting("out/recipe", "where runs, tables and pictures go")
+    jobs: int = setting(os.cpu_count() or 1, "runs at a time; the cores are shared out")
+
+    def __post_init__(self):
+        if unknown := set(self.recipe) - RECIPES.keys():
+            raise UserError(f"--recipe={unknown.pop()}; wanted one of {', '.join(RECIPES)}")
+        if self.jobs < 1:
+            raise UserError(f"--jobs={self.jobs}; wanted 1 or more")
+
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(RecipeConfig)
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+
+def curve(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> dict[int, float]:
+    """tokens -> validation loss of one run, which is made where it is not there yet."""
+    flags = {
+        "min_learning_rate": MIN_LEARNING_RATE_SHARE * learning_rate,
+        **BASE,
+        **SIZES[config.size],
+        **RECIPES[name],
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "data_dir": config.data_dir,
+    }
+    flags["eval_interval"] = flags["max_steps"] // 20
+    slug = name.replace(", ", "-").replace(" ", "_").replace("%", "")
+    run_dir = Path(config.out_dir) / config.size / f"{slug}-{learning_rate:g}-{seed}"
+    losses = read_losses(run_dir)
+    if flags["max_steps"] not in losses:
+        threads = max(1, (os.cpu_count() or 1) // config.jobs)
+        subprocess.run(
+            [sys.executable, "train.py", f"--out_dir={run_dir}"]
+            + [f"--{key}={value}" for key, value in flags.items()],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        losses = read_losses(run_dir)
+        for step_dir in run_dir.glob("step_*"):
+            shutil.rmtree(step_dir)
+        print(
+            f"{config.size} {name}, {learning_rate:g}, seed {seed}: {final(losses):.4f}", flush=True
+        )
+    tokens_per_step = TOKENS_PER_STEP * flags["gradient_accumulation_steps"] // 2
+    return {step * tokens_per_step: loss for step, loss in losses.items()}
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """step -> validation loss."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = (json.loads(line) for line in lines)
+    return {r["step"]: r["loss"] for r in records if r["split"] == "val"}
+
+
+def final(losses: dict[int, float]) -> float:
+    return losses[max(losses)]
+
+
+def tokens_to_reach(losses: dict[int, float], target: float) -> float | None:
+    """Where the curve first comes down to `target`, on the line between two evaluations."""
+    points = sorted(losses.items())
+    for (left, high), (right, low) in zip(points, points[1:], strict=False):
+        if low <= target:
+            return left + (right - left) * (high - target) / (high - low) if high > low else right
+    return None
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half of its 95% interval by Student's t) of two or three values."""
+    half = {2: 12.706, 3: 4.303}[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+def tune(config: RecipeConfig, pool: ThreadPoolExecutor, name: str) -> dict[float, float]:
+    """learning rate -> final loss at the first seed."""
+    curves = pool.map(lambda rate: curve(config, name, rate, SEEDS[0]), LEARNING_RATES)
+    return dict(zip(LEARNING_RATES, map(final, curves), strict=True))
+
+
+def table(config: RecipeConfig, curves: dict, tried: dict, rates: dict) -> str:
+    """The comparison in Markdown; every recipe that was run stands in it."""
+    target, _ = interval([final(run) for run in curves["adamw"]])
+    budget = STEPS * TOKENS_PER_STEP
+    lines = [
+        "| recipe | learning rate | final validation loss | share of the tokens to adamw's end |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in curves.items():
+        mean, half = interval([final(run) for run in runs])
+        reached = [tokens_to_reach(run, target) for run in runs]
+        share = "not reached by every seed"
+        if None not in reached:
+            share = "{:.0%} ± {:.0%}".format(*interval([tokens / budget for tokens in reached]))
+        lines.append(f"| {name} | {rates[name]:g} | {mean:.3f} ± {half:.3f} | {share} |")
+    lines += ["", "Tried at the first seed, final validation loss:", ""]
+    for name, losses in tried.items():
+        found = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
+        lines.append(f"- {name}: {found}")
+    return "\n".join(lines)
+
+
+def draw(config: RecipeConfig, curves: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for name, runs in curves.items():
+        points = sorted(set.intersection(*(set(run) for run in runs)))
+        means = [statistics.mean(run[tokens] for run in runs) for tokens in points]
+        (line,) = axes.plot([tokens / 1e6 for tokens in points], means, label=name)
+        for run in runs:
+            axes.plot(
+                [t / 1e6 for t in points],
+                [run[t] for t in points],
+                color=line.get_color(),
+                alpha=0.2,
+            )
+    target = statistics.mean(final(run) for run in curves["adamw"])
+    axes.axhline(target, color="grey", linestyle=":", label="adamw's end")
+    shape = SIZES[config.size]
+    axes.set_title(f"{shape['n_layer']} layers x {shape['n_embd']} channels, {len(SEEDS)} seeds")
+    axes.set(xlabel="million tokens", ylabel="validation loss, nats a token")
+    axes.set_ylim(top=target + 1.2)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(config: RecipeConfig, origins: dict[str, str]) -> None:
+    matplotlib.use("Agg")
+    names = [name for name in RECIPES if name in ("adamw", *(config.recipe or RECIPES))]
+    with ThreadPoolExecutor(config.jobs) as pool:
+        tried = {name: tune(config, pool, name) for name in TUNED}
+        best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
+        rates = {name: best[RECIPES[name].get("optimizer", "adamw")] for name in names}
+        jobs = [(name, seed) for name in names for seed in SEEDS]
+        runs = pool.map(lambda job: curve(config, job[0], rates[job[0]], job[1]), jobs)
+        curves: dict[str, list] = {name: [] for name in names}
+        for (name, _), run in zip(jobs, runs, strict=True):
+            curves[name].append(run)
+    text = table(config, curves, tried, rates)
+    Path(config.out_dir, f"{config.size}.md").write_text(text + "\n")
+    draw(config, curves, Path(config.out_dir, f"{config.size}.png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    with settings.one_line_errors():
+        main(*arguments)

@@ -1,5 +1,5 @@
 # make demo: train, evaluate and sample a small model on bundled data.  make test: the tests.
-# make faults: the fault campaign, which writes benchmarks/FAULTS.md; up to 45 minutes on 2 cores.
+# make faults: the fault campaign, which writes benchmarks/FAULTS.md; 25 minutes or so on 2 cores.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

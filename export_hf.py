@@ -8,6 +8,7 @@ Usage:
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanosynth import chat, checkpoint, hf, hf_tokenizer
-from nanosynth.files import HashedFile, new_folder, write_atomically
+from nanosynth.files import new_folder
 
 
 def export_run(run: str, step: str, folder: Path) -> str:
@@ -53,8 +54,7 @@ def export_run(run: str, step: str, folder: Path) -> str:
         found = f"{path} has a vocabulary of {model['vocab_size']}"
         raise UserError(f"{found}; the tokenizer's model has {chat.VOCAB_SIZE}")
     tensors = hf.to_hf(checkpoint.read_model(path, meta))
-    with HashedFile(folder / hf.WEIGHTS) as file:
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    safetensors.torch.save_file(tensors, folder / hf.WEIGHTS, metadata={"format": "pt"})
     contents = {
         "config.json": hf.config_json(model),
         "generation_config.json": hf.generation_config(),
@@ -63,7 +63,10 @@ def export_run(run: str, step: str, folder: Path) -> str:
         "special_tokens_map.json": hf_tokenizer.special_tokens_map(),
     }
     for name, content in contents.items():
-        write_atomically(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    # safetensors makes a file that its owner alone may read.
+    shutil.copymode(folder / "config.json", folder / hf.WEIGHTS)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     filled = "" if model["bias"] else "; it has no biases, zeros stand for them"
     return f"{path}, {n_parameters:,} parameters in float32{filled}"
@@ -73,13 +76,14 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
     """Make a run of one checkpoint in `folder` from a GPT-2 of transformers; what was read."""
     if not source.is_dir():
         raise UserError(f"no folder {str(source)!r}; wanted one with config.json and weights")
-    model = hf.read_config(source / "config.json")
+    theirs = hf.read_config(source / "config.json")
+    model = {**theirs, "vocab_size": chat.VOCAB_SIZE}
     checked = hf_tokenizer.check(source)
     paths = hf.weight_files(source)
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in GPT(GPTConfig(**model)).state_dict().items()}
     try:
-        tensors = hf.from_hf(hf.read_tensors(paths), shapes)
+        tensors = hf.from_hf(hf.read_tensors(paths), shapes, theirs["vocab_size"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     # Nothing of how it was trained is known, so no run goes on from it; --init_from takes it.
@@ -94,7 +98,7 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
     checkpoint.prune(folder, keep_last=1)
     n_parameters = sum(tensors[key].numel() for key in tensors if key != hf.HEAD)
     facts = {**facts, "parameters": n_parameters, "max_steps": 0}
-    write_atomically(folder / "config.json", json.dumps(facts, indent=2))
+    (folder / "config.json").write_text(json.dumps(facts, indent=2))
     said = f"its {checked} is GPT-2's" if checked else "it has no tokenizer, GPT-2's is assumed"
     return f"{source}, {n_parameters:,} parameters; {said}"
 

@@ -56,6 +56,11 @@ def write_atomically(path: Path, content: str) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable: a rename survives a power cut only after this."""
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +82,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        sync_folder(temporary)
+        for part in (*temporary.rglob("*"), temporary):
+            sync(part)
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -110,7 +110,7 @@ def read_config(path: Path) -> dict:
         "n_head": n_head,
         "n_embd": n_embd,
         "block_size": numbers["n_positions"],
-        "vocab_size": chat.VOCAB_SIZE,
+        "vocab_size": numbers["vocab_size"],
         "dropout": float(dropout),
         "bias": True,
     }
@@ -158,8 +158,13 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def from_hf(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """GPT2LMHeadModel's or GPT2Model's tensors as ours, of these names and shapes, in float32."""
+def from_hf(
+    found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], n_rows: int
+) -> dict[str, Tensor]:
+    """GPT2LMHeadModel's or GPT2Model's tensors as ours, of these names and shapes, in float32.
+
+    `n_rows` are the embedding's that are found; `add_rows` makes up for the others.
+    """
     theirs = {}
     for name, tensor in found.items():
         if not _BUFFER.search(name):
@@ -169,7 +174,7 @@ def from_hf(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> di
             theirs[full] = tensor
     head = theirs.pop(HEAD, None)
     _check_names(set(theirs), set(shapes) - {HEAD})
-    if head is not None and not torch.equal(head, theirs[WTE]):
+    if head is not None and not torch.equal(head.float(), theirs[WTE].float()):
         raise UserError(f"{HEAD} differs from wte.weight; our GPT-2 ties the two")
     ours = {}
     for name, wanted in shapes.items():
@@ -178,14 +183,15 @@ def from_hf(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> di
         tensor = theirs[name]
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{name} is of {tensor.dtype}; wanted float32, float16 or bfloat16")
-        tensor = tensor.float()
-        if _CONV1D.search(name):
+        is_conv1d = _CONV1D.search(name)
+        if name == WTE:
+            wanted = (n_rows, *wanted[1:])
+        elif is_conv1d:
             wanted = wanted[::-1]
-        if name == WTE and tensor.shape == (N_GPT2_IDS, wanted[1]):
-            tensor = add_rows(tensor, wanted[0])
         if tensor.shape != wanted:
             raise UserError(f"{name} is of shape {[*tensor.shape]}; wanted {[*wanted]}")
-        ours[name] = tensor.t().contiguous() if _CONV1D.search(name) else tensor.contiguous()
+        ours[name] = (tensor.t() if is_conv1d else tensor).float().contiguous()
+    ours[WTE] = add_rows(ours[WTE], shapes[WTE][0])
     return ours | {HEAD: ours[WTE]}
 
 

@@ -159,6 +159,8 @@ def main(config: EvalConfig, origins: dict[str, str]) -> None:
     path = checkpoint.find(config.run, config.step)
     meta = checkpoint.read_meta(path)
     data_dir = config.data_dir or meta["settings"]["data_dir"]
+    if not data_dir:
+        raise UserError(f"{path} was not trained on bins of ours; name some with --data_dir=FOLDER")
     split = dataset.Split(data_dir, "val")
     ids, mask = split.ids(0, split.n_tokens), split.mask(0, split.n_tokens)
     model = GPT(GPTConfig(**meta["identity"]["model"]))

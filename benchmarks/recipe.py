@@ -23,11 +23,11 @@ from typing import Literal
 from nanosynth import UserError, settings
 from nanosynth.settings import setting
 
-STEPS, TOKENS_PER_STEP = 400, 4096
+STEPS, TOKENS_PER_STEP = 250, 4096
 SIZES = {
-    "s": {"n_layer": 4, "n_head": 2, "n_embd": 64},
-    "m": {"n_layer": 6, "n_head": 4, "n_embd": 128},
-    "l": {"n_layer": 8, "n_head": 4, "n_embd": 256},
+    "s": {"n_layer": 3, "n_head": 2, "n_embd": 64},
+    "m": {"n_layer": 4, "n_head": 3, "n_embd": 96},
+    "l": {"n_layer": 6, "n_head": 4, "n_embd": 128},
 }
 BASE = {
     "block_size": 256,
@@ -35,7 +35,7 @@ BASE = {
     "gradient_accumulation_steps": 2,
     "max_steps": STEPS,
     "warmup_steps": STEPS // 10,
-    "eval_rows": 128,
+    "eval_rows": 64,
     "log_interval": 50,
     "keep_last": 2,
 }
@@ -76,7 +76,7 @@ class RecipeConfig:
     """Compare recipes at one size."""
 
     data_dir: str = setting("data/gpteacher", "prepared bins")
-    size: Literal["s", "m", "l"] = setting("m", "4 x 64, 6 x 128 or 8 x 256 (layers x channels)")
+    size: Literal["s", "m", "l"] = setting("m", "3 x 64, 4 x 96 or 6 x 128 (layers x channels)")
     recipe: settings.MANY = setting((), "which, beside adamw; none: all")
     out_dir: str = setting("out/recipe", "where runs, tables and pictures go")
     jobs: int = setting(os.cpu_count() or 1, "runs at a time; the cores are shared out")
@@ -106,7 +106,7 @@ def curve(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> d
         "seed": seed,
         "data_dir": config.data_dir,
     }
-    flags["eval_interval"] = flags["max_steps"] // 20
+    flags["eval_interval"] = flags["max_steps"] // 25
     slug = name.replace(", ", "-").replace(" ", "_").replace("%", "")
     run_dir = Path(config.out_dir) / config.size / f"{slug}-{learning_rate:g}-{seed}"
     losses = read_losses(run_dir)

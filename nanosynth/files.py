@@ -1,8 +1,13 @@
 """Files that others read: written under a temporary name, synced, and renamed into place."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from nanosynth import UserError
 
 
 class HashedFile:
@@ -51,8 +56,36 @@ def write_atomically(path: Path, content: str) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable: a rename survives a power cut only after this."""
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to write into; it becomes `path` if nothing fails.
+
+    `path` must not exist, or be an empty folder.
+    """
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise UserError(f"{path} is there and is no empty folder; give the name of a new one")
+    temporary = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            sync(part)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)

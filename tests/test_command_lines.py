@@ -64,12 +64,17 @@ def test_a_torn_checkpoint_is_said_aloud(bins, run_dir, tmp_path):
     assert losses(read_metrics(out_dir)) == losses(read_metrics(run_dir))
 
 
+def a_setting(script: str) -> str:
+    return {"export_hf": "source"}.get(script, "seed")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_typo_is_said_before_torch_is_imported(script):
-    done = command("-X", "importtime", f"{script}.py", "--sed=1")
+    typo = a_setting(script).replace("e", "", 1)
+    done = command("-X", "importtime", f"{script}.py", f"--{typo}=1")
     assert done.returncode == 1
-    assert f"{script}.py: error: unknown setting 'sed'" in done.stderr
-    assert "did you mean 'seed'?" in done.stderr
+    assert f"{script}.py: error: unknown setting {typo!r}" in done.stderr
+    assert f"did you mean {a_setting(script)!r}?" in done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "nanosynth.settings" in imported and "torch" not in imported
 
@@ -77,7 +82,7 @@ def test_a_typo_is_said_before_torch_is_imported(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     said = succeed(command(f"{script}.py", "--help"))
-    assert f"usage: python {script}.py" in said and "--seed" in said
+    assert f"usage: python {script}.py" in said and f"--{a_setting(script)}" in said
 
 
 @pytest.mark.parametrize(
@@ -93,6 +98,7 @@ def test_help(script):
         (["sample.py", "--run=missing", "--prompt=x"], "no checkpoint in 'missing'"),
         (["sample.py", "--run=missing"], "wanted one of --prompt=TEXT, --prompts=FILE and --chat"),
         (["eval_ppl.py", "--run=missing"], "no checkpoint in 'missing'"),
+        (["export_hf.py", "--run=missing", "--to=out/x"], "no checkpoint in 'missing'"),
     ],
 )
 def test_bad_input_is_answered_with_one_line(arguments, wanted):

@@ -43,7 +43,7 @@ from nanosynth.device import DTYPES
 from nanosynth.files import write_atomically
 
 FORMATS = {  # by the first words of a figure's name; else three decimals
-    **{"parameters": ",d", "steps": ",d", "tokens seen": ",d", "tokens a second": ",.0f"},
+    **{"parameters": ",.0f", "steps": ",.0f", "tokens": ",.0f"},
     **{"validation loss": ".4f", "gap": "+.4f", "bits": ".4f", "perplexity": ",.3f"},
     **{"coherent": ".1%", "answers": ".1%", "MFU": ".1%"},
 }
@@ -95,10 +95,12 @@ def judge(recipes: list[list[runs.Run]], events: dict[str, Events]) -> list[list
     return found
 
 
-def headline(judgements: list[Judgement]) -> str:
-    """One line: the answer, and what it rests on."""
+def headline(judgements: list[Judgement], seeds: list[runs.Run]) -> str:
+    """One line: the answer, and what it rests on. A run under way has no answer yet."""
     verdicts = [judgement.verdict for judgement in judgements]
     answer = "yes" if set(verdicts) == {PASS} else "no" if FAIL in verdicts else "not known yet"
+    if not all(run.finished for run in seeds):
+        answer = "not known yet, training is not finished"
     parts = []
     for name in criteria.THRESHOLDS:
         of_this = [j.verdict for j in judgements if j.criterion == name]
@@ -121,10 +123,10 @@ def criteria_section(judgements: list[Judgement], loaded: list[runs.Run]) -> str
         if j.remark:
             remarks.append(f"- {j.criterion}, {names}: {j.remark}.")
         if j.command:
-            remarks.append(f"- {j.criterion}, {names}: measure it with `{j.command}`.")
+            remarks.append(f"- {j.criterion}, {names}: measure it with `{j.command}`")
     rules = {run.tasks["rule"] for run in loaded if run.tasks} or {"see eval_tasks.py"}
     how = criteria.HOW | {"coherence": criteria.HOW["coherence"] + "; ".join(sorted(rules))}
-    remarks += [f"- {note}." for run in loaded for note in run.notes]
+    remarks += [f"- {note}" for run in loaded for note in run.notes]
     measured = [f"- **{name}**: {text}" for name, text in how.items()]
     return "\n".join([table(rows), "", *remarks, "", "How each is measured:", "", *measured])
 
@@ -186,9 +188,10 @@ def tasks_section(run: runs.Run) -> str:
         for mode, m in modes.items():
             shares = [m[key] for key in ("coherent", "instructions", "memorised")]
             row = [split, mode, str(m["n"]), *(f"{s['share']:.1%}" if s else "-" for s in shares)]
-            row.append("/".join(f"{value:.3f}" for value in m["distinct"].values()))
-            row += [shown("self-BLEU", m["self_bleu"]), f"{m['compression_ratio']:.2f}"]
-            rows.append([*row, ", ".join(f"{k} {v:.1%}" for k, v in m["parts"].items())])
+            row.append("/".join(shown("distinct", value) for value in m["distinct"].values()))
+            row += [shown(key, m[key]) for key in ("self_bleu", "compression_ratio")]
+            parts = [f"{part} {shown('coherent', value)}" for part, value in m["parts"].items()]
+            rows.append([*row, ", ".join(parts)])
     zero = [["task", "metric", "model", "parameters", "score", "standard error", "n", "source"]]
     for task, s in run.tasks["zero_shot"].items():
         own = [f"{run.config.get('parameters', 0):,}", shown(task, s["score"])]
@@ -238,7 +241,7 @@ def speed_lines(run: runs.Run, spent: dict[str, float]) -> list[str]:
     if peak and spent["mfu"]:
         mfu = f"MFU {spent['mfu'] / spent['train']:.1%} of {peak / 1e12:g} TFLOP/s a device"
     hours = spent["device"] / 3600
-    budget = f"{hours:.2f} device-hours on {device}; the budget of {criteria.GPU_HOURS:g} GPU-hour "
+    budget = f"{hours:.3f} device-hours on {device}; the budget of {criteria.GPU_HOURS:g} GPU-hour "
     if device in ("cpu", "unknown"):
         budget += "is one of GPUs"
     else:
@@ -247,8 +250,8 @@ def speed_lines(run: runs.Run, spent: dict[str, float]) -> list[str]:
     return [
         f"{run.train[-1]['tokens']:,} tokens seen in {run.steps:,} steps; "
         f"{spent['tokens'] / spent['train']:,.0f} tokens a second over all devices; {mfu}",
-        f"{wall:.2f} hours, added up from each step's speed, of which evaluation "
-        f"{spent['eval'] / 3600:.2f}; {budget}",
+        f"{wall:.3f} hours, added up from each step's speed, of which evaluation "
+        f"{spent['eval'] / 3600:.3f}; {budget}",
     ]
 
 
@@ -289,17 +292,16 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main(config: ReportConfig, origins: dict[str, str]) -> None:
-    loaded = [runs.read(path) for path in config.run]
+def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -> tuple[str, dict]:
+    """The texts of report.md and report.json, the latter as an object."""
     groups: dict[str, list[runs.Run]] = {}
     for run in loaded:
         groups.setdefault(criteria.recipe(run), []).append(run)
     recipes = list(groups.values())
-    events = {run.path: criteria.find_events(run.train) for run in loaded}
     judged = judge(recipes, events)
-    headlines = [headline(judgements) for judgements in judged]
+    headlines = [headline(*pair) for pair in zip(judged, recipes, strict=True)]
     every = [judgement for judgements in judged for judgement in judgements]
-    text, numbers = figures_section(recipes)
+    text, figures = figures_section(recipes)
     parts = ["# Was pure synthetic data enough?", *(f"**{line}**" for line in headlines)]
     parts += [criteria_section(every, loaded), "## Figures", text, "![curves](curves.png)"]
     for run in loaded:
@@ -308,28 +310,37 @@ def main(config: ReportConfig, origins: dict[str, str]) -> None:
     for run in loaded:
         parts += [f"## How {run.path} was made", facts_section(run, events[run.path])]
     for run in loaded:
-        if run.samples and config.samples:
-            parts += [f"## Samples of {run.path}", samples_section(run, config.samples)]
+        if run.samples and n_samples:
+            parts += [f"## Samples of {run.path}", samples_section(run, n_samples)]
     parts += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
-    folder = Path(config.output_dir or config.run[0])
-    folder.mkdir(parents=True, exist_ok=True)
     summary = {
         "format_version": 1,
         "headlines": headlines,
         "criteria": [asdict(j) | {"threshold": criteria.THRESHOLDS[j.criterion]} for j in every],
         "how": criteria.HOW,
-        "figures": numbers,
+        "figures": figures,
         "events": {path: found._asdict() for path, found in events.items()},
         "runs": {run.path: {"config": run.config, "data": run.data} for run in loaded},
         "notes": [note for run in loaded for note in run.notes],
     }
-    report = "\n\n".join(parts) + "\n"
-    write_atomically(folder / "report.md", report)
-    write_atomically(folder / "report.json", json.dumps(finite(summary), indent=2))
-    curves.draw(loaded, events, folder / "curves.png")
-    print(report)
+    return "\n\n".join(parts) + "\n", finite(summary)
+
+
+def main(config: ReportConfig, origins: dict[str, str]) -> None:
+    loaded = [runs.read(path) for path in config.run]
+    events = {run.path: criteria.find_events(run.train) for run in loaded}
+    text, summary = compose(loaded, events, config.samples)
+    folder = Path(config.output_dir or config.run[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.md", text)
+        write_atomically(folder / "report.json", json.dumps(summary, indent=2))
+        curves.draw(loaded, events, folder / "curves.png")
+    except OSError as error:
+        raise UserError(f"cannot write the report: {error}; use another --output_dir") from error
+    print(text)
     print(f"written: {folder / 'report.md'}, report.json, curves.png")
-    print("\n".join(headlines))
+    print("\n".join(summary["headlines"]))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def find_events(train: list[dict]) -> Events:
     for record in train:
         step, loss = record["step"], record["loss"]
         finite_gradient = record["grad_norm"] is not None
-        loss_tensor = torch.tensor(math.nan if loss is None else loss)
+        loss_tensor = torch.tensor(math.nan if loss is None else float(loss))
         accepted = guard.accepts(loss_tensor)
         n_overflows = 0 if finite_gradient else n_overflows + 1
         if loss is None:
@@ -125,7 +125,7 @@ def perplexity(run: runs.Run) -> Judgement:
         verdict=PASS if figure < MAX_PERPLEXITY else FAIL,
         figure=figure,
         interval=interval,
-        text=f"{figure:,.3f}",
+        text=f"{figure:,.3f} ({scored['all']['tokens']:,} tokens)",
         remark="; ".join(remarks),
     )
 

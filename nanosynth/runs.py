@@ -18,10 +18,12 @@ GAP_STEPS = 128  # training steps whose mean loss stands beside a validation los
 # the key ... stands for every key. Further keys are free.
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 SHARE = {"passed": int, "n": int, "share": NUMBER, "interval": [NUMBER]}
-PERPLEXITY = {"perplexity": NUMBER, "perplexity_95": [NUMBER], "bits_per_byte": NUMBER}
+PERPLEXITY = {
+    **{"perplexity": NUMBER, "perplexity_95": [NUMBER], "bits_per_byte": NUMBER, "tokens": int}
+}
 GENERATION = {
-    **{"n": int, "coherent": SHARE, "parts": {...: NUMBER}, "distinct": {...: NUMBER}},
-    **{"self_bleu": MAYBE, "compression_ratio": NUMBER},
+    **{"n": int, "coherent": SHARE, "parts": {...: MAYBE}, "distinct": {...: MAYBE}},
+    **{"self_bleu": MAYBE, "compression_ratio": MAYBE},
     **{"instructions": (SHARE, type(None)), "memorised": (SHARE, type(None))},
 }
 START = {"date": str, "command": str, "first_step": int, "world_size": int, "device": str}
@@ -32,8 +34,7 @@ FORMS = {
         **{"device": str, "dtype": str, "torch": str, "starts": ([START], type(None))},
     },
     "eval_ppl.json": {
-        **{"checkpoint": str, "data": str, "data_sha256": str, "loss_on": str, "documents": int},
-        **{"block_size": int, "stride": int, "dtype": str},
+        **{"checkpoint": str, "data": str, "data_sha256": str, "loss_on": str},
         **{"all": PERPLEXITY, "assistant": (PERPLEXITY, type(None))},
     },
     "tasks.json": {

@@ -37,9 +37,8 @@ if __name__ == "__main__":
 
 from statistics import fmean, stdev
 
-from nanosynth import criteria, curves, metrics, runs
+from nanosynth import criteria, curves, facts, runs
 from nanosynth.criteria import FAIL, NOT_MEASURED, PASS, Events, Judgement
-from nanosynth.device import DTYPES
 from nanosynth.files import write_atomically
 
 FORMATS = {  # by the first words of a figure's name; else three decimals
@@ -47,10 +46,6 @@ FORMATS = {  # by the first words of a figure's name; else three decimals
     **{"validation loss": ".4f", "gap": "+.4f", "bits": ".4f", "perplexity": ",.3f"},
     **{"coherent": ".1%", "answers": ".1%", "MFU": ".1%"},
 }
-SPLIT_RULE = (
-    "a conversation is validation by a hash of the seed and its first user turn (case and spaces "
-    "apart), so that one first turn never stands on both sides"
-)
 LIMITS = (
     "No human has judged the texts, and no other model has.",
     "The validation split comes from the same source as the training data: near-copies with "
@@ -96,11 +91,11 @@ def judge(recipes: list[list[runs.Run]], events: dict[str, Events]) -> list[list
 
 
 def headline(judgements: list[Judgement], seeds: list[runs.Run]) -> str:
-    """One line: the answer, and what it rests on. A run under way has no answer yet."""
+    """One line: the answer, and what it rests on; of a run under way it is the answer so far."""
     verdicts = [judgement.verdict for judgement in judgements]
     answer = "yes" if set(verdicts) == {PASS} else "no" if FAIL in verdicts else "not known yet"
     if not all(run.finished for run in seeds):
-        answer = "not known yet, training is not finished"
+        answer += ", training is not finished"
     parts = []
     for name in criteria.THRESHOLDS:
         of_this = [j.verdict for j in judgements if j.criterion == name]
@@ -143,14 +138,15 @@ def figures_section(recipes: list[list[runs.Run]]) -> tuple[str, dict]:
     rows = [["figure", *found]]
     rows += [[name, *(shown(name, found[run].get(name)) for run in found)] for name in names]
     text, spread = table(rows), {}
-    for seeds in recipes:
+    for recipe in recipes:
+        seeds = [run for run in recipe if run.finished]
         if len(seeds) > 1:
             of_recipe = {name: [found[run.path].get(name) for run in seeds] for name in names}
             key = ", ".join(run.path for run in seeds)
             spread[key] = {n: spread_of(v) for n, v in of_recipe.items() if None not in v}
             head = ["figure", "mean", "standard deviation", "lowest", "highest"]
             lines = [[n, *(shown(n, x) for x in s.values())] for n, s in spread[key].items()]
-            text += f"\n\nOver {len(seeds)} runs of one recipe, {key}:\n\n{table([head, *lines])}"
+            text += f"\n\nOver {len(seeds)} finished runs of one recipe, {key}:\n\n{table([head, *lines])}"
     if len(recipes) > 1:
         text += "\n\n" + comparison(loaded, tokens)
     return text, {"by_run": found, "spread": spread}
@@ -204,72 +200,6 @@ def tasks_section(run: runs.Run) -> str:
     return "\n\n".join(table(rows) for rows in (rows, zero) if len(rows) > 1)
 
 
-def facts_section(run: runs.Run, events: Events) -> str:
-    """How the run was made, so that it can be made again."""
-    config, spent, lines = run.config, runs.timing(run), []
-    for start in config.get("starts") or ():
-        lines.append(
-            f"{start['date']}, step {start['first_step']:,}, {start['world_size']} x "
-            f"{start['device']}, commit {start.get('commit') or 'unknown'}: `{start['command']}`"
-        )
-    if config:
-        versions = [f"torch {config['torch']}", f"CUDA {config.get('cuda') or 'none'}"]
-        versions += [f"Python {config.get('python', 'unknown')}", config.get("platform", "")]
-        lines.append(
-            f"{config['parameters']:,} parameters, {config['dtype']}, {config['world_size']} x "
-            f"{config['device']}, {', '.join(filter(None, versions))}"
-        )
-        lines.append(", ".join(f"{k}={v!r}" for k, v in config["settings"].items()))
-    if spent["train"]:
-        lines += speed_lines(run, spent)
-    skipped = {**events._asdict(), "all skipped": [r["step"] for r in run.train if r["skipped"]]}
-    for kind, steps in skipped.items():
-        if steps:
-            name = kind.replace("_", " ")
-            lines.append(f"{name}: {len(steps):,} steps, {criteria.numbers(steps)}")
-    if run.checkpoints:
-        lines.append(
-            f"checkpoints at steps {criteria.numbers(list(run.checkpoints))}; best {run.best}"
-        )
-    return "\n".join(f"- {line}" for line in lines + data_lines(run.data))
-
-
-def speed_lines(run: runs.Run, spent: dict[str, float]) -> list[str]:
-    device, dtype = run.config.get("device", "unknown"), run.config.get("dtype", "float32")
-    peak = metrics.peak_flops(device, DTYPES[dtype]) if dtype in DTYPES else None
-    mfu = "MFU not known: the device's peak is not"
-    if peak and spent["mfu"]:
-        mfu = f"MFU {spent['mfu'] / spent['train']:.1%} of {peak / 1e12:g} TFLOP/s a device"
-    hours = spent["device"] / 3600
-    budget = f"{hours:.3f} device-hours on {device}; the budget of {criteria.GPU_HOURS:g} GPU-hour "
-    if device in ("cpu", "unknown"):
-        budget += "is one of GPUs"
-    else:
-        budget += "holds" if hours <= criteria.GPU_HOURS else "is exceeded"
-    wall = (spent["train"] + spent["eval"]) / 3600
-    return [
-        f"{run.train[-1]['tokens']:,} tokens seen in {run.steps:,} steps; "
-        f"{spent['tokens'] / spent['train']:,.0f} tokens a second over all devices; {mfu}",
-        f"{wall:.3f} hours, added up from each step's speed, of which evaluation "
-        f"{spent['eval'] / 3600:.3f}; {budget}",
-    ]
-
-
-def data_lines(meta: dict) -> list[str]:
-    if not meta:
-        return []
-    plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float))}
-    lines = ["data: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in plain.items())]
-    if dropped := meta.get("rows_dropped"):
-        lines.append("rows dropped: " + ", ".join(f"{k} {v:,}" for k, v in dropped.items()))
-    for split, counts in (meta.get("splits") or {}).items():
-        text = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items())
-        lines.append(f"{split}: {text}; SHA-256 {meta['files'][f'{split}.bin']['sha256']}")
-    if "val_fraction" in meta:
-        lines.append(f"split rule: {SPLIT_RULE}")
-    return lines
-
-
 def samples_section(run: runs.Run, count: int) -> str:
     """The first `count` of the file: of held-out prompts, sampled, where the file has several."""
     chosen = [s for s in run.samples if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
@@ -308,7 +238,7 @@ def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -
         if run.tasks:
             parts += [f"## Tasks of {run.path}, step {run.tasks['step']}", tasks_section(run)]
     for run in loaded:
-        parts += [f"## How {run.path} was made", facts_section(run, events[run.path])]
+        parts += [f"## How {run.path} was made", facts.section(run, events[run.path])]
     for run in loaded:
         if run.samples and n_samples:
             parts += [f"## Samples of {run.path}", samples_section(run, n_samples)]

@@ -66,10 +66,11 @@ def test_a_torn_checkpoint_is_said_aloud(bins, run_dir, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_typo_is_said_before_torch_is_imported(script):
-    done = command("-X", "importtime", f"{script}.py", "--sed=1")
+    typo, near = ("rum", "run") if script == "report" else ("sed", "seed")
+    done = command("-X", "importtime", f"{script}.py", f"--{typo}=1")
     assert done.returncode == 1
-    assert f"{script}.py: error: unknown setting 'sed'" in done.stderr
-    assert "did you mean 'seed'?" in done.stderr
+    assert f"{script}.py: error: unknown setting {typo!r}" in done.stderr
+    assert f"did you mean {near!r}?" in done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "nanosynth.settings" in imported and "torch" not in imported
 
@@ -77,7 +78,8 @@ def test_a_typo_is_said_before_torch_is_imported(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     said = succeed(command(f"{script}.py", "--help"))
-    assert f"usage: python {script}.py" in said and "--seed" in said
+    assert f"usage: python {script}.py" in said
+    assert ("--run" if script == "report" else "--seed") in said
 
 
 @pytest.mark.parametrize(

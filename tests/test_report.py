@@ -261,6 +261,23 @@ def test_recipes_are_compared_at_equal_tokens(tmp_path):
     assert f"{paths[1]} is not finished: 300 of 400 steps" in text
 
 
+def test_a_run_under_way_does_not_enter_the_spread(tmp_path):
+    paths = seeds(tmp_path, 10.0, 10.2)
+    records = [*train_records(300), val_record(200, 3.0)]
+    under_way = write_run(
+        tmp_path / "x",
+        config=config_of("x", seed=9),
+        records=records,
+        eval_ppl=perplexity_of(19.0),
+    )
+    _, found = compose(*paths, under_way)
+    (spread,) = found["figures"]["spread"].values()
+    assert spread["perplexity, all tokens"]["highest"] == 10.2
+    judged = found["criteria"][-1]
+    assert judged["verdict"] == NOT_MEASURED and "x is not finished" in judged["remark"]
+    assert "training is not finished" in found["headlines"][0]
+
+
 def test_a_setting_that_differs_makes_another_recipe():
     first = runs.Run(path="a", config=config_of("a", seed=1))
     assert criteria.recipe(first) == criteria.recipe(runs.Run(path="b", config=config_of("b", 2)))
@@ -288,6 +305,16 @@ def test_the_gap_leaves_skipped_steps_out():
     run = runs.Run(path="x", train=records, val=[val_record(100, 9.0), val_record(200, 3.5)])
     mean = np.mean([r["loss"] for r in records[72:] if r["step"] not in (150, 151)])
     assert runs.gap(run) == pytest.approx(3.5 - mean)
+
+
+def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
+    records = train_records(
+        **{"s200": {"loss": 9.0}, "s300": {"grad_norm": None, "skipped": 1}, "s310": {"loss": None}}
+    )
+    loaded = [runs.Run(path="a", train=records, val=[val_record(400, 3.0)]), runs.Run(path="b")]
+    events = {run.path: criteria.find_events(run.train) for run in loaded}
+    curves.draw(loaded, events, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_smoothing_skips_holes():
@@ -408,6 +435,15 @@ def test_a_run_keeps_its_starts(bins, tmp_path):
     assert all(start["command"] and start["date"] for start in config["starts"])
     assert config["torch"] == torch.__version__ and config["python"]
     assert runs.read(str(tmp_path / "x")).config == config
+
+
+def test_the_command_is_kept_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/a/train.py", "config/500m.py", "--out_dir=out/a b"])
+    (start,) = provenance.starts(tmp_path / "config.json", world_size=8, device="x", first_step=0)
+    assert start["command"] == "train.py config/500m.py '--out_dir=out/a b'"
+    run = runs.Run(path="x", config={"starts": [start]})
+    wanted = f"torchrun --standalone --nproc_per_node=8 {start['command']}"
+    assert criteria.train_command(run) == wanted
 
 
 def test_the_commit_is_dirty_where_files_differ_and_none_without_git(tmp_path):

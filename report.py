@@ -146,7 +146,8 @@ def figures_section(recipes: list[list[runs.Run]]) -> tuple[str, dict]:
             spread[key] = {n: spread_of(v) for n, v in of_recipe.items() if None not in v}
             head = ["figure", "mean", "standard deviation", "lowest", "highest"]
             lines = [[n, *(shown(n, x) for x in s.values())] for n, s in spread[key].items()]
-            text += f"\n\nOver {len(seeds)} finished runs of one recipe, {key}:\n\n{table([head, *lines])}"
+            text += f"\n\nOver {len(seeds)} finished runs of one recipe, {key}:\n\n"
+            text += table([head, *lines])
     if len(recipes) > 1:
         text += "\n\n" + comparison(loaded, tokens)
     return text, {"by_run": found, "spread": spread}

@@ -1,4 +1,4 @@
-# make demo: train, evaluate and sample a small model on bundled data.  make test: the tests.
+# make demo: train, evaluate, sample and judge a small model on bundled data.  make test: the tests.
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; 25 minutes or so on 2 cores.
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +18,9 @@ demo: $(VENV)/.runtime
 	@echo "metrics      out/demo/metrics.jsonl, out/demo/eval_ppl.json"
 	@echo "samples      out/demo/generations.txt"
 	@echo "talk to it   $(RUN) sample.py --run=out/demo --chat=True"
+	@echo "the verdict  out/demo/report.md, out/demo/curves.png"
+	@echo
+	$(RUN) report.py --run=out/demo
 
 test: $(VENV)/.development lint
 	$(RUN) -m pytest

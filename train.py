@@ -127,7 +127,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, distributed, metrics, optim
+from nanosynth import checkpoint, dataset, distributed, metrics, optim, provenance
 from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory
 from nanosynth.files import write_atomically
 
@@ -425,7 +425,13 @@ def open_log(
             "world_size": world.size,
             "device": name,
             "dtype": str(training.dtype).removeprefix("torch."),
-            "torch": str(torch.__version__),
+            **provenance.versions(),
+            "starts": provenance.starts(
+                run_dir / "config.json",
+                first_step=training.first_step,
+                world_size=world.size,
+                device=name,
+            ),
         }
         write_atomically(run_dir / "config.json", json.dumps(facts, indent=2))
         print(settings.describe(config, origins))

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import runpy
+import shlex
 import sys
 import types
 import typing
@@ -46,6 +47,11 @@ def one_line_errors() -> Iterator[None]:
 
 def _script() -> str:
     return os.path.basename(sys.argv[0])
+
+
+def command_line() -> str:
+    """The script and its arguments as they were given, quoted for a shell."""
+    return shlex.join([_script(), *sys.argv[1:]])
 
 
 def load(cls: type, argv: list[str], script: str, *, config_file: bool = False) -> tuple:

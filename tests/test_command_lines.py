@@ -65,7 +65,7 @@ def test_a_torn_checkpoint_is_said_aloud(bins, run_dir, tmp_path):
 
 
 def a_setting(script: str) -> str:
-    return {"export_hf": "source"}.get(script, "seed")
+    return {"export_hf": "source", "report": "samples"}.get(script, "seed")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,58 @@
+"""How likely a model finds continuations of contexts. Knows the model by its forward alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanosynth import chat
+
+Pair = tuple[list[int], list[int]]  # (context, continuation), neither empty
+
+
+def fit(pair: Pair, block_size: int) -> Pair:
+    """The context cut on the left, so that the model can score the whole continuation.
+
+    The last token is a target only, so context and continuation may have block_size + 1 together.
+    """
+    context, continuation = pair
+    assert context and continuation, "wanted a context and a continuation"
+    room = block_size + 1 - len(continuation)
+    assert room > 0, f"a continuation of {len(continuation)} tokens exceeds the context"
+    return context[-room:], continuation
+
+
+@torch.inference_mode()
+def score(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tuple[float, bool]]:
+    """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
+
+    Longest first, so that a batch that does not fit in memory is the first one.
+    """
+    device = model.lm_head.weight.device
+    fitted = [fit(pair, model.config.block_size) for pair in pairs]
+    order = sorted(range(len(fitted)), key=lambda n: -len(fitted[n][0]) - len(fitted[n][1]))
+    results: list[tuple[float, bool]] = [(0.0, False)] * len(fitted)
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=None, desc="score"):
+        numbers = order[start : start + batch_size]
+        width = max(len(fitted[n][0]) + len(fitted[n][1]) for n in numbers) - 1
+        inputs = np.full((len(numbers), width), chat.END_OF_TEXT, dtype=np.int64)
+        index: list[int] = []
+        for row, number in enumerate(numbers):
+            context, continuation = fitted[number]
+            ids = context + continuation
+            inputs[row, : len(ids) - 1] = ids[:-1]  # padding stands on the right: never attended to
+            index += range(row * width + len(context) - 1, row * width + len(ids) - 1)
+        targets = torch.tensor([id for n in numbers for id in fitted[n][1]]).to(device)
+        places = torch.tensor(index).to(device)
+        logits = model(torch.from_numpy(inputs).to(device), logit_index=places).float()
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        right = (logits.argmax(dim=-1) == targets).tolist()
+        losses = losses.double().tolist()
+        place = 0
+        for number in numbers:
+            stop = place + len(fitted[number][1])
+            results[number] = (-sum(losses[place:stop]), all(right[place:stop]))
+            place = stop
+    return results

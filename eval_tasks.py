@@ -35,7 +35,7 @@ class TasksConfig:
     )
     generation: bool = setting(True, "measure generated answers")
     num_prompts: int = setting(200, "validation prompts, one of a conversation; 0: all")
-    prompts: str = setting(str(TASKS_DIR / "prompts.jsonl"), "prompts with checks, .jsonl")
+    prompts: str = setting("", "prompts with checks, .jsonl; empty: data/tasks/prompts.jsonl")
     num_samples: int = setting(4, "samples of each of a set's first 32 prompts, for self-BLEU")
     max_new_tokens: int = setting(1024, "longest answer; half the context at most")
     temperature: float = setting(0.8, "of the sampled answers")
@@ -44,7 +44,7 @@ class TasksConfig:
     tasks: str = setting("local", "names with commas between; local: our three; empty: none")
     limit: int = setting(0, "documents of each task; 0: all")
     chat_format: bool = setting(False, "put the tasks' contexts into a user's turn")
-    batch_size: int = setting(16, "sequences taken together")
+    batch_size: int = setting(64, "sequences taken together")
     seed: int = setting(42, "of the sampling")
 
     def __post_init__(self):
@@ -119,7 +119,7 @@ def measure_generation(
     if not importlib.util.find_spec("sacrebleu"):
         notices.append(f"self-BLEU not measured: sacrebleu is missing; {INSTALL}")
     limits = {"block_size": block_size, "max_new_tokens": config.max_new_tokens}
-    sets = [answers.checked_prompts(Path(config.prompts), **limits)]
+    sets = [answers.checked_prompts(Path(config.prompts or TASKS_DIR / "prompts.jsonl"), **limits)]
     val, train = open_data(config, meta, notices)
     if val:
         sets.insert(0, answers.validation_prompts(val, config.num_prompts, **limits))

@@ -56,8 +56,15 @@ class HarnessLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)  # of encoding; scoring has its own bar
 
     def _loglikelihood_tokens(self, requests: list, **kwargs) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return likelihood.score(self.model, pairs, self.batch_size)
+        """A continuation that exceeds the context is scored piece by piece."""
+        size = self.model.config.block_size
+        pairs, owners = [], []
+        for owner, (_, context, continuation) in enumerate(requests):
+            for start in range(0, len(continuation), size):
+                before = context + continuation[:start]
+                pairs.append((before, continuation[start : start + size]))
+                owners.append(owner)
+        return self._score(pairs, owners, len(requests))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -73,12 +80,15 @@ class HarnessLM(TemplateLM):
             for window in windows:
                 pairs.append(make_disjoint_window(window))
                 owners.append(owner)
-        sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(
-            owners, likelihood.score(self.model, pairs, self.batch_size), strict=True
-        ):
-            sums[owner] += value
-        return sums
+        return [value for value, _ in self._score(pairs, owners, len(requests))]
+
+    def _score(self, pairs: list, owners: list[int], n: int) -> list[tuple[float, bool]]:
+        """Sums over the pairs of each of `n` owners."""
+        found = [(0.0, True)] * n
+        scores = likelihood.score(self.model, pairs, self.batch_size)
+        for owner, (value, greedy) in zip(owners, scores, strict=True):
+            found[owner] = (found[owner][0] + value, found[owner][1] and greedy)
+        return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, a stop id, max_gen_toks or half the context."""

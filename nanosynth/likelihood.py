@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from nanosynth import chat
 
+MAX_TARGETS = 8192  # scored at once: their float32 logits take 1.6 GB
+
 Pair = tuple[list[int], list[int]]  # (context, continuation), neither empty
 
 
@@ -24,6 +26,20 @@ def fit(pair: Pair, block_size: int) -> Pair:
     return context[-room:], continuation
 
 
+def batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
+    """The pairs' numbers, longest first, at most `batch_size` and MAX_TARGETS tokens together."""
+    order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
+    found: list[list[int]] = []
+    n_targets = 0
+    for number in order:
+        n_targets += len(pairs[number][1])
+        if not found or len(found[-1]) == batch_size or n_targets > MAX_TARGETS:
+            found.append([])
+            n_targets = len(pairs[number][1])
+        found[-1].append(number)
+    return found
+
+
 @torch.inference_mode()
 def score(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
@@ -32,10 +48,9 @@ def score(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tupl
     """
     device = model.lm_head.weight.device
     fitted = [fit(pair, model.config.block_size) for pair in pairs]
-    order = sorted(range(len(fitted)), key=lambda n: -len(fitted[n][0]) - len(fitted[n][1]))
     results: list[tuple[float, bool]] = [(0.0, False)] * len(fitted)
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=None, desc="score"):
-        numbers = order[start : start + batch_size]
+    work = batches(fitted, batch_size)
+    for numbers in tqdm(work, unit="batch", disable=None, desc="score"):
         width = max(len(fitted[n][0]) + len(fitted[n][1]) for n in numbers) - 1
         inputs = np.full((len(numbers), width), chat.END_OF_TEXT, dtype=np.int64)
         index: list[int] = []

@@ -51,6 +51,13 @@ def test_score_equals_a_direct_computation():
     assert likelihood.score(model, [], 4) == []
 
 
+def test_batches_are_limited_in_rows_and_in_scored_tokens(monkeypatch):
+    monkeypatch.setattr(likelihood, "MAX_TARGETS", 10)
+    pairs = [([1], [1] * n) for n in (3, 12, 4, 6, 1, 1, 1)]
+    assert likelihood.batches(pairs, 3) == [[1], [3, 2], [0, 4, 5], [6]]
+    assert likelihood.batches([], 3) == []
+
+
 @pytest.mark.parametrize(("n_context", "n_continuation"), [(22, 3), (30, 3), (60, 24), (5, 24)])
 def test_what_exceeds_the_context_is_cut_on_the_left(n_context, n_continuation):
     model = chat_model()
@@ -86,6 +93,13 @@ def test_loglikelihood_through_the_harness():
     lm = harness.HarnessLM(model, batch_size=3)
     found = lm.loglikelihood(requests("loglikelihood", *pairs))
     assert [v for v, _ in found] == pytest.approx([v for v, _ in wanted], rel=1e-5)
+    long = " ".join(f"word{k}" for k in range(20))
+    assert len(encode(f" {long}")) > 24  # more than the context: scored in two pieces
+    pieces = [encode(f" {long}")[:24], encode(f" {long}")[24:]]
+    value = direct(model, encode("Say"), pieces[0])[0]
+    value += direct(model, encode("Say") + pieces[0], pieces[1])[0]
+    found = lm.loglikelihood(requests("loglikelihood", ("Say", f" {long}")))
+    assert found[0][0] == pytest.approx(value, rel=1e-5)
     in_chat = harness.HarnessLM(model, batch_size=3, chat_format=True)
     found = in_chat.loglikelihood(requests("loglikelihood", ("Hi", " Yo")))
     prompt = chat.prompt_ids([("user", "Hi")])

@@ -12,6 +12,7 @@ demo: $(VENV)/.runtime
 	$(RUN) train.py config/demo.py
 	$(RUN) eval_ppl.py --run=out/demo
 	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
+	$(RUN) eval_tasks.py --run=out/demo --max_new_tokens=16 --tasks=
 	@echo
 	@echo "data         data/demo/          train.bin, val.bin, masks, meta.json"
 	@echo "checkpoints  out/demo/step_*/    out/demo/latest and out/demo/best name two of them"

@@ -99,6 +99,8 @@ def test_help(script):
         (["sample.py", "--run=missing"], "wanted one of --prompt=TEXT, --prompts=FILE and --chat"),
         (["eval_ppl.py", "--run=missing"], "no checkpoint in 'missing'"),
         (["export_hf.py", "--run=missing", "--to=out/x"], "no checkpoint in 'missing'"),
+        (["eval_tasks.py", "--run=missing"], "no checkpoint in 'missing'"),
+        (["eval_tasks.py", "--generation=False", "--tasks="], "nothing to measure"),
     ],
 )
 def test_bad_input_is_answered_with_one_line(arguments, wanted):

@@ -7,6 +7,7 @@ import sys
 import pytest
 from tiny import REPO, SCRIPTS
 
+LIGHT = "settings chat sources synthetic quality instructions memorisation".split()
 MODULES = sorted(path.stem for path in (REPO / "nanosynth").glob("[!_]*.py"))
 
 
@@ -48,7 +49,7 @@ def test_nanosynth_imports_no_script_and_no_model(module):
     assert not roots & {path.stem for path in REPO.glob("*.py")}
 
 
-@pytest.mark.parametrize("module", ["settings", "chat", "sources", "synthetic"])
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_no_torch(module):
     check = f"import sys, nanosynth.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=REPO).returncode == 0

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from nanosynth import dataset, distributed
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "prepare", "sample", "eval_ppl", "report", "export_hf")
+SCRIPTS = ("train", "prepare", "sample", "eval_ppl", "eval_tasks", "report", "export_hf")
 CPU = torch.device("cpu")
 ALONE = distributed.World(rank=0, size=1, device=CPU)
 

@@ -323,6 +323,7 @@ def main(config: BenchConfig, origins: dict[str, str]) -> None:
     }
     print(table(result))
     if config.json:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(config.json), json.dumps(result, indent=2))
 
 

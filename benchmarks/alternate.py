@@ -127,6 +127,20 @@ class Running:
 
 
 @contextlib.contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind this process, so that no halted contender is left behind."""
+    handlers = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def running(contender: Contender) -> Iterator[Running]:
     process = Running(contender)
     try:
@@ -136,6 +150,7 @@ def running(contender: Contender) -> Iterator[Running]:
         process.close()
 
 
+@unwound_by_signals()
 def alternate(
     contenders: list[Contender],
     *,
@@ -175,6 +190,7 @@ def alternate(
     return speeds, lines
 
 
+@unwound_by_signals()
 def starts(contenders: list[Contender], n_pairs: int) -> dict[str, list[float]]:
     """Starts a second of each contender in each of `n_pairs` turns: process to first line."""
     speeds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -224,6 +240,7 @@ def report(
     if json_file:
         rows = [{"median": ratio.median, **asdict(ratio)} for ratio in ratios]
         result = {**facts, **more, "unit": unit, "ratios": rows}
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(json_file), json.dumps(result, indent=2))
 
 

@@ -9,9 +9,8 @@ Usage:
 
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-
-import transformers
 
 from bench import random_bins
 from benchmarks import alternate
@@ -124,7 +123,7 @@ def main(config: CompareConfig, origins: dict[str, str]) -> None:
             n_first=4,
             fresh=config.device.startswith("cuda"),  # together they would not fit
         )
-    facts = alternate.circumstances(config.device, transformers=transformers.__version__)
+    facts = alternate.circumstances(config.device, transformers=version("transformers"))
     ratios = alternate.pair_up(speeds, pairs(list(speeds)))
     alternate.report(ratios, {**facts, **sizes}, "tokens", config.json, last_lines=lines)
 

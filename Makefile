@@ -1,6 +1,6 @@
 # make demo: train, evaluate and sample a small model on bundled data.  make test: the tests.
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; up to 45 minutes on 2 cores.
-# make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU, in 20 minutes.
+# make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
 PYTHON ?= python3
 VENV := .venv

@@ -1,10 +1,15 @@
 # make demo: train, evaluate, sample and judge a small model on bundled data.  make test: the tests.
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; 25 minutes or so on 2 cores.
+# make faults: the fault campaign, which writes benchmarks/FAULTS.md; up to 45 minutes on 2 cores.
+# make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
+# make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+BENCHMARKS := $(RUN) -m benchmarks
+NANOGPT ?= ../nanoGPT
 
-.PHONY: demo test faults lint venv clean
+.PHONY: demo test faults bench bench-gpu lint venv clean
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
@@ -29,6 +34,22 @@ test: $(VENV)/.development lint
 faults: $(VENV)/.development
 	$(RUN) -m pytest tests/faults --campaign
 
+bench: $(VENV)/.benchmarks
+	$(BENCHMARKS).compare_training --nanogpt=$(NANOGPT)
+	$(BENCHMARKS).compare_sampling --nanogpt=$(NANOGPT)
+	$(BENCHMARKS).compare_evaluation
+	$(BENCHMARKS).compare_startup --nanogpt=$(NANOGPT)
+
+bench-gpu: $(VENV)/.benchmarks
+	for size in 500m 1b; do \
+	  $(RUN) bench.py config/$$size.py --json=out/bench-$$size.json --profile=out/bench-$$size && \
+	  $(RUN) bench.py config/$$size.py --dtype=bfloat16 --json=out/bench-$$size-bfloat16.json && \
+	  $(BENCHMARKS).compare_training --nanogpt=$(NANOGPT) --device=cuda --pairs=3 \
+	    --config=config/$$size.py --json=out/training-$$size.json || exit 1; \
+	done
+	$(BENCHMARKS).compare_sampling --nanogpt=$(NANOGPT) --device=cuda --config=config/500m.py
+	$(BENCHMARKS).compare_evaluation --device=cuda --config=config/500m.py
+
 lint: $(VENV)/.development
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -43,6 +64,10 @@ $(VENV)/.runtime: requirements.txt
 
 $(VENV)/.development: requirements-dev.txt $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.benchmarks: benchmarks/requirements.txt $(VENV)/.development
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	touch $@
 
 clean:

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from nanosynth import checkpoint, dataset, distributed
-from nanosynth.device import autocast, choose_dtype
+from nanosynth.device import autocast, choose_dtype, speed_up_inference
 from nanosynth.files import write_atomically
 
 
@@ -171,6 +171,7 @@ def main(config: EvalConfig, origins: dict[str, str]) -> None:
     with distributed.start(config.device) as world:
         dtype = choose_dtype(config.dtype, world.device)
         model.to(world.device).eval()
+        speed_up_inference(model, dtype)
         losses = score(model, ids, world, stride=stride, batch_size=config.batch_size, dtype=dtype)
         if world.is_main:
             result = {

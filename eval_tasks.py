@@ -67,7 +67,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanosynth import answers, checkpoint, dataset, quality
-from nanosynth.device import choose_device, choose_dtype, device_name
+from nanosynth.device import choose_device, choose_dtype, device_name, speed_up_inference
 from nanosynth.files import write_atomically
 
 
@@ -82,7 +82,10 @@ def load_model(config: TasksConfig, path: Path, meta: dict) -> GPT:
     name = "float32" if config.dtype == "auto" and device.type != "cuda" else config.dtype
     model = GPT(shape)
     model.load_state_dict(checkpoint.read_model(path, meta))
-    return model.to(device, choose_dtype(name, device)).eval()
+    dtype = choose_dtype(name, device)
+    model.to(device, dtype).eval()
+    speed_up_inference(model, dtype)
+    return model
 
 
 def open_split(data_dir: str, name: str) -> dataset.Split:
@@ -248,7 +251,7 @@ def main(config: TasksConfig, origins: dict[str, str]) -> None:
         "run": str(path.parent),
         "step": meta["step"],
         "settings": {},
-        "device": device_name(model.lm_head.weight.device),
+        "device": device_name(model.transformer.wte.weight.device),
         "torch": torch.__version__,
         "seconds": 0.0,
         "rule": quality.RULE,
@@ -256,7 +259,7 @@ def main(config: TasksConfig, origins: dict[str, str]) -> None:
         "zero_shot": {},
     }
     result |= earlier(target, meta["step"], notices)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
 
     def write(part: str, clock: float) -> None:
         used = asdict(config) | {"dtype": dtype, "seconds": time.perf_counter() - clock}

@@ -185,7 +185,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_tokens` tokens."""
-        return KVCache(self.config, batch_size, max_tokens, like=self.lm_head.weight)
+        return KVCache(self.config, batch_size, max_tokens, like=self.transformer.wte.weight)
 
     def n_parameters(self) -> int:
         """Parameters, the tied embedding counted once."""

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from nanosynth import checkpoint, dataset, generation
-from nanosynth.device import choose_device, choose_dtype
+from nanosynth.device import choose_device, choose_dtype, speed_up_inference
 from nanosynth.files import write_atomically
 
 
@@ -71,7 +71,10 @@ def load_model(config: SampleConfig) -> GPT:
     device = choose_device(config.device)
     model = GPT(GPTConfig(**meta["identity"]["model"]))
     model.load_state_dict(checkpoint.read_model(path, meta))
-    return model.to(device, choose_dtype(config.dtype, device)).eval()
+    dtype = choose_dtype(config.dtype, device)
+    model.to(device, dtype).eval()
+    speed_up_inference(model, dtype)
+    return model
 
 
 def sampling(config: SampleConfig) -> dict:

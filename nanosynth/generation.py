@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nanosynth import chat
 
+HEAD_TOKENS = 1024
+
 
 def pick(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
@@ -19,8 +21,12 @@ def pick(
     logits = logits[:, : chat.N_IDS].float()
     if temperature == 0:
         return logits.argmax(dim=-1)
-    values, ids = logits.topk(top_k if 0 < top_k < chat.N_IDS else chat.N_IDS)  # sorted, (B, K)
-    probabilities = torch.softmax(values / temperature, dim=-1)
+    logits = logits / temperature
+    if top_k:
+        values, ids = logits.topk(min(top_k, chat.N_IDS))  # sorted, (B, K)
+        probabilities = torch.softmax(values, dim=-1)
+    else:
+        probabilities, ids = _nucleus(logits, top_p)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities[before >= top_p] = 0.0  # the likeliest token always stays
     cumulative = probabilities.cumsum(dim=-1)
@@ -28,6 +34,26 @@ def pick(
     places = torch.searchsorted(cumulative, thresholds, right=True)
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # where rounding would go past the end
     return ids.gather(1, torch.minimum(places, last)).squeeze(1)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens up to at least `top_p`: probabilities and ids (B, K), sorted.
+
+    HEAD_TOKENS of them nearly always hold that much; all are sorted only where they don't.
+    """
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    values, ids = logits.topk(HEAD_TOKENS)
+    probabilities = (values - total).exp()
+    suffices = probabilities.sum(dim=-1, keepdim=True) >= top_p
+    if suffices.all():
+        return probabilities, ids
+    # A row keeps its head whatever stands beside it: two orders of equal logits are two answers.
+    values, every_id = logits.sort(dim=-1, descending=True, stable=True)
+    n_more = logits.shape[1] - HEAD_TOKENS
+    head = nn.functional.pad(probabilities, (0, n_more))
+    head_ids = nn.functional.pad(ids, (0, n_more))
+    probabilities = torch.where(suffices, head, (values - total).exp())
+    return probabilities, torch.where(suffices, head_ids, every_id)
 
 
 @torch.inference_mode()
@@ -48,7 +74,7 @@ def stream(
     beside it. A prompt may have `room` tokens.
     """
     streams = [np.random.default_rng([seed, number]) for number in numbers]
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     padded = [prompt + [chat.END_OF_TEXT] * (longest - len(prompt)) for prompt in prompts]

@@ -46,7 +46,7 @@ def score(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tupl
 
     Longest first, so that a batch that does not fit in memory is the first one.
     """
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     fitted = [fit(pair, model.config.block_size) for pair in pairs]
     results: list[tuple[float, bool]] = [(0.0, False)] * len(fitted)
     work = batches(fitted, batch_size)

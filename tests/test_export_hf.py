@@ -74,9 +74,11 @@ def convert(**flags) -> Path:
 
 
 def load_run(run_dir: Path) -> GPT:
-    return sample.load_model(
-        sample.SampleConfig(run=str(run_dir), prompt="x", device="cpu", dtype="float32")
-    )
+    path = checkpoint.find(str(run_dir))
+    meta = checkpoint.read_meta(path)
+    model = GPT(GPTConfig(**meta["identity"]["model"]))
+    model.load_state_dict(checkpoint.read_model(path, meta))
+    return model.eval()
 
 
 def copies_of(model: GPT, hf_model) -> tuple[GPT, transformers.GPT2LMHeadModel]:

@@ -9,7 +9,7 @@ import pytest
 from tiny import chat_row, write_jsonl
 
 import prepare
-from nanosynth import UserError, chat, dataset
+from nanosynth import UserError, chat, dataset, leaks, stats
 
 QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for number in range(100)]
 
@@ -17,7 +17,7 @@ QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for num
 def run(tmp_path: Path, rows: list, name: str = "data", **changes) -> dict:
     """Prepare these rows; the folder's meta.json."""
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    settings = {"val_fraction": 0.2, "num_threads": 1} | changes
+    settings = {"val_fraction": 0.2, "num_threads": 1, "picture": False} | changes
     config = prepare.PrepareConfig(source=str(source), data_dir=str(tmp_path / name), **settings)
     prepare.main(config, {})
     return dataset.read_meta(str(tmp_path / name))
@@ -114,11 +114,11 @@ def test_variants_of_a_first_user_turn_stay_on_one_side():
             f"  {text.replace(' ', '   ')}\n",
             text.replace("é", "e\u0301"),
         ]
-        found = {prepare.split_of(variant, 0.3, 42) for variant in variants}
+        found = {leaks.split_of(variant, 0.3, 42) for variant in variants}
         assert len(found) == 1
         sides += found
     assert 60 < sides.count("val") < 120  # 90 in the mean
-    other = [prepare.split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
+    other = [leaks.split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
     assert other != sides
 
 
@@ -210,4 +210,4 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 
 def test_table_reads_meta(tmp_path):
     meta = json.loads(json.dumps(run(tmp_path, QUESTIONS)))
-    assert re.search(r"^rows kept +100$", prepare.table(meta), re.MULTILINE)
+    assert re.search(r"^rows kept +100$", stats.table(meta), re.MULTILINE)

@@ -169,7 +169,7 @@ def unique(
             tally.troubles.update(found)
             reasons = [name for name in found if dropped[name]]
         if reasons:
-            rejects.add(place, reasons[0], turns)
+            rejects.add(place, reasons[0], turns[0][1])
         is_kept.append(not reasons)
     batch.keep(is_kept)
     return batch

@@ -1,10 +1,12 @@
 """What conversation a row holds, or the reason why it holds none. No files and no tokens here."""
 
+import re
 from collections.abc import Iterator
 
 from nanosynth.chat import Turn
 
 TEXT_COLUMNS = ("conversations", "messages", "instruction", "value", "content")
+MOST_SPACES = 900_000  # in a row; tiktoken's regex panics at 1,000,000
 
 ROLE_NAMES = {
     "system": "system",
@@ -99,6 +101,10 @@ def _check_turns(turns: list[Turn]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise Reject("text is not valid Unicode") from None
+        if len(text) >= MOST_SPACES:
+            runs = (len(run[0]) for run in re.finditer(r"\s+", text))
+            if max(runs, default=0) >= MOST_SPACES:
+                raise Reject("spaces without end")
 
 
 def first_words(row: object, limit: int = 120) -> str:

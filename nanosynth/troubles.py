@@ -53,7 +53,7 @@ def refuses(turns: Sequence[Turn]) -> bool:
     for role, text in turns:
         if role == "assistant":
             text = text.replace("\u2019", "'").lower()
-            if _REFUSAL.match(text) or (
+            if _REFUSAL.match(text[:300]) or (
                 any(phrase in text for phrase in _BOILERPLATE) and _BOILERPLATE_WORD.search(text)
             ):
                 return True

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -84,10 +84,11 @@ REJECTS = [
     ("text is not valid Unicode", row(HUMAN, {"from": "gpt", "value": "\ud800"})),
     ("text is not valid Unicode", row({"from": "system", "value": "\udfff"}, HUMAN, GPT)),
     ("line is not JSON", rows.Reject("line is not JSON")),
+    ("spaces without end", row(HUMAN, {"from": "gpt", "value": "x" + "\n " * 500_000 + "x"})),
 ]
 
 
-@pytest.mark.parametrize(("reason", "found"), REJECTS, ids=repr)
+@pytest.mark.parametrize(("reason", "found"), REJECTS, ids=lambda value: repr(value)[:80])
 def test_each_reason_to_reject(reason, found):
     with pytest.raises(rows.Reject) as reject:
         rows.conversation(found)
@@ -271,12 +272,12 @@ def test_a_folder_of_nothing_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change", ["shortened", "longer"])
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
-    path = write_jsonl(tmp_path / "rows.jsonl", ROWS * 20_000)
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS * 2_000)
     size = path.stat().st_size
     found = sources.open_sources([str(path)]).rows()
     next(found)
     with open(path, "r+b") as file:
-        file.truncate(len(json.dumps(ROWS[0]) + "\n") * 50_000 if change == "shortened" else size)
+        file.truncate(len(json.dumps(ROWS[0]) + "\n") * 5_000 if change == "shortened" else size)
         file.seek(0, 2)
         file.write(b"\n" if change == "longer" else b"")
     with pytest.raises(UserError, match=rf"changed while it was read \(.*, {size} at first\)"):
@@ -306,14 +307,14 @@ def test_an_array_is_read_whatever_the_blocks(monkeypatch, indent, is_ascii, blo
 @pytest.mark.parametrize(
     ("content", "message", "offset"),
     [
-        (b"[1, 2", "it ends too early", 6),
-        (b"[1, 2,", "Expecting value", 7),
+        (b"[1, 2", "it ends too early", 5),
+        (b"[1, 2,", "Expecting value", 6),
         (b"[1, 2,]", "Expecting value", 6),
         (b"[1 2]", "wanted ',' or ']'", 3),
         (b"[1] [", "text after the array's end", 4),
         (b"[1]\x00", "text after the array's end", 3),
-        (b'["caf\xc3\xa9", {"a": tru}]', "Expecting value", 18),
-        (b'["caf\xc3\xa9", {"a": "x]', "Unterminated string starting at", 18),
+        (b'["caf\xc3\xa9", {"a": tru}]', "Expecting value", 16),
+        (b'["caf\xc3\xa9", {"a": "x]', "Unterminated string starting at", 16),
         (b"[" + b"[" * 100_000 + b"]" * 100_000 + b"]", "it is nested too deeply", 1),
     ],
 )
@@ -324,7 +325,7 @@ def test_broken_arrays_say_where(monkeypatch, content, message, offset, block):
     monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
     with pytest.raises(json_array.BrokenArray, match=re.escape(message)) as error:
         list(json_array.items(io.BytesIO(content)))
-    assert abs(error.value.offset - offset) <= 1
+    assert error.value.offset == offset
 
 
 def test_odd_but_valid_json_costs_no_other_row(tmp_path):

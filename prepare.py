@@ -95,7 +95,7 @@ class Rejects:
     def __init__(self, path: str, tally: stats.Tally):
         self._tally = tally
         self._path, self._partial = path, f"{path}.partial"
-        self._file = open(self._partial, "w") if path else None
+        self._file = open(self._partial, "w", encoding="utf-8") if path else None
 
     def add(self, place: tuple[str, int], reason: str, row: object) -> None:
         self._tally.dropped[reason] += 1
@@ -123,7 +123,12 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
         return
     chosen = np.zeros(n_rows, dtype=bool)
     chosen[np.random.default_rng(config.seed).choice(n_rows, config.max_rows, replace=False)] = True
-    yield from (row for row, keep in zip(source.rows(), chosen, strict=True) if keep)
+    for row in source.rows():
+        if source.n_rows <= n_rows and chosen[source.n_rows - 1]:
+            yield row
+    if source.n_rows != n_rows:
+        found = f"{source.n_rows} rows where {n_rows} were counted"
+        raise UserError(f"{', '.join(config.source)} gave {found}; prepare it again")
 
 
 def batches(source: sources.Source, config: PrepareConfig, rejects: Rejects, tally: stats.Tally):

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import prepare_speed  # noqa: E402
+
 from nanosynth import UserError, settings  # noqa: E402
 from nanosynth.settings import setting  # noqa: E402
 
@@ -191,36 +193,6 @@ def run(command: list[str]) -> tuple[float, int, str]:
     return seconds, peak, output
 
 
-# The same texts in the same pieces, and nothing else timed. In a process of its own.
-RAW = """
-import json, os, sys, time
-from itertools import islice
-sys.path.insert(0, ".")
-from nanosynth import chat, sources
-from nanosynth.rows import Reject, conversation
-def texts(row):
-    try:
-        return [text for _, text in conversation(row)]
-    except Reject:
-        return []
-rows = sources.open_sources([sys.argv[1]]).rows()
-encode = chat.tokenizer().encode_ordinary_batch
-seconds = tokens = 0
-while batch := list(islice(rows, 1000)):
-    found = [text for row in batch for text in texts(row)]
-    started = time.perf_counter()
-    ids = encode(found, num_threads=os.cpu_count())
-    seconds += time.perf_counter() - started
-    tokens += sum(map(len, ids))
-print(seconds, tokens)
-"""
-
-
-def raw_tokens_per_second(path: Path) -> float:
-    seconds, tokens = run([sys.executable, "-c", RAW, str(path)])[2].split()
-    return int(tokens) / float(seconds)
-
-
 def measure(config: BenchmarkConfig, n_rows: int) -> dict:
     """Write a file of so many rows, prepare it, and check that every row is accounted for."""
     folder = Path(config.folder)
@@ -236,7 +208,7 @@ def measure(config: BenchmarkConfig, n_rows: int) -> dict:
     if (meta["rows_read"], meta["rows_dropped"]) != (n_rows, dict(planted)):
         raise UserError(f"planted {n_rows} rows, {dict(planted)}; counted {meta['rows_dropped']}")
     tokens = sum(counts["tokens"] for counts in meta["splits"].values())
-    raw = raw_tokens_per_second(path)
+    raw = prepare_speed.raw(str(path), "batch")
     if not config.keep:
         path.unlink()
         for file in data_dir.iterdir():

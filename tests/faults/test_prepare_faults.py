@@ -226,7 +226,7 @@ def rows_of_lines(text: bytes) -> list[object]:
     for line in text.split(b"\n"):
         if line := line.removeprefix(b"\xef\xbb\xbf").strip():
             try:
-                found.append(json.loads(line.decode("utf-8", "surrogateescape")))
+                found.append(json.loads(line.decode("utf-8", "surrogateescape"), parse_int=float))
             except (ValueError, RecursionError):
                 found.append(None)
     return found
@@ -277,7 +277,7 @@ def fuzz_one(folder: Path, suffix: str, lines: list[bytes], damage: bytes) -> st
     text = b"[" + b",\n".join([*good, *lines]) + b"]" + damage
     path.write_bytes(text)
     try:
-        wanted = json.loads(text.decode("utf-8", "surrogateescape"))
+        wanted = json.loads(text.decode("utf-8", "surrogateescape"), parse_int=float)
     except (ValueError, RecursionError):
         with pytest.raises(UserError, match=r"rows.json: broken JSON after \d+ rows, near byte"):
             run(path, data_dir)

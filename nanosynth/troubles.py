@@ -34,16 +34,16 @@ _REFUSAL = re.compile(
 )
 
 _ENGLISH = frozenset(
-    "the of and to a in is that for it with as are this be on by an or from what how you your "
-    "i he she we they was were have has not can will which when where who why".split()
+    "the of and to in is that for it with as are this be on by or from what how you your "
+    "he she they were has not which when where who why".split()
 )
-# Common words of the other languages of the Latin script that are no English words.
+# Common words of other languages of the Latin script that are no English words.
 _FOREIGN = frozenset(
-    "el la los las de del que y en un una por para con es se como más su al lo "
-    "le les des du et est une dans pour qui sur pas ce au avec il elle ne nous vous "
-    "der die das und ist nicht ein eine zu den mit von auf für sich dem im auch wie "
-    "il di che è per non sono della nel gli um uma não os na com "
-    "het een van dat niet och att det är som på av jest nie się og ikke bir ve için".split()
+    "el la los las del que y una por para es se como más su al lo "
+    "le les des du et est une dans qui sur ce au avec elle nous vous "
+    "der das und ist nicht ein eine zu mit von auf für sich dem im auch wie "
+    "il di che è non sono della nel gli uma não os na "
+    "het een dat niet och att det är som på av jest nie się og ikke bir ve için".split()
 )
 _LAST_LATIN = "\u024f"
 

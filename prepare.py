@@ -5,26 +5,28 @@ Usage:
     python prepare.py --source=conversations.jsonl --data_dir=data/mine
 """
 
-import hashlib
+import json
 import os
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 
-from nanosynth import UserError, chat, settings, sources
+from nanosynth import UserError, chat, rows, settings, sources, stats, troubles
 from nanosynth.settings import setting
 
-ROWS_PER_BATCH = 1000  # encoded together
+BATCH_CHARACTERS = 1 << 18  # of text that is encoded together
+BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Write data_dir/{train,val}.bin, their masks and meta.json from conversations."""
+    """Write data_dir/{train,val}.bin, their masks, stats.png and meta.json from conversations."""
 
-    source: str = setting(
-        sources.OPENHERMES, "'sample', a .json, .jsonl or .parquet file, or a hub id"
+    source: settings.MANY = setting(
+        (sources.OPENHERMES,),
+        "a .json, .jsonl or .parquet file, .gz or .zst too, a folder, a hub id, or 'sample'",
     )
     revision: str = setting("", "hub revision; empty: the pinned one, or the newest, recorded")
     data_dir: str = setting("data/openhermes", "where the bins go")
@@ -32,8 +34,16 @@ class PrepareConfig:
     val_fraction: float = setting(0.05, "share of first user turns that go to validation")
     seed: int = setting(42, "of the sample, the split and the documents' order")
     num_threads: int = setting(os.cpu_count() or 1, "threads of the tokenizer")
+    drop_refusals: bool = setting(False, "leave out refusals and 'As an AI' answers")
+    drop_non_english: bool = setting(False, "leave out conversations in other languages")
+    drop_runs: bool = setting(False, "leave out conversations with 100 equal characters in a row")
+    rejects: str = setting("", "a JSON line here for each row that was left out; empty: none")
+    leak_check: bool = setting(False, "count the 13-grams that train and validation share")
+    picture: bool = setting(True, "draw stats.png")
 
     def __post_init__(self):
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", (self.source,))
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction={self.val_fraction}; wanted between 0 and 1, as 0.05")
         if min(self.max_rows, self.seed) < 0 or self.num_threads < 1:
@@ -43,42 +53,62 @@ class PrepareConfig:
 if __name__ == "__main__":
     arguments = settings.from_argv(PrepareConfig)  # before torch takes its time
 
+import unicodedata
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from nanosynth import dataset
+from nanosynth import dataset, leaks
 
 
-class Tally:
-    """What was read, kept and dropped, and how long the documents are."""
+@dataclass
+class Batch:
+    """Conversations that are encoded together, with what is told of them."""
 
-    def __init__(self):
-        self.rows_read = 0
-        self.dropped: Counter[str] = Counter()
-        self.columns: Counter[str] = Counter()
-        self.splits = {
-            split: {"documents": 0, "tokens": 0, "assistant_tokens": 0, "text_bytes": 0}
-            for split in dataset.SPLITS
-        }
-        self.seen: set[bytes] = set()
+    conversations: list[list[chat.Turn]] = field(default_factory=list)
+    names: list[tuple[str, str]] = field(default_factory=list)  # source and category
+    places: list[tuple[str, int]] = field(default_factory=list)  # file and row
+    characters: int = 0
 
-    def count(self, split: str, turns: list[chat.Turn], mask: list[int]) -> None:
-        counts = self.splits[split]
-        counts["documents"] += 1
-        counts["tokens"] += len(mask)
-        counts["assistant_tokens"] += sum(mask)
-        counts["text_bytes"] += sum(len(text.encode()) for _, text in turns)
+    def add(self, turns: list[chat.Turn], names: tuple[str, str], place: tuple[str, int]) -> None:
+        self.conversations.append(turns)
+        self.names.append(names)
+        self.places.append(place)
+        self.characters += sum(len(text) for _, text in turns)
+
+    def is_full(self) -> bool:
+        return self.characters >= BATCH_CHARACTERS or len(self.places) >= BATCH_ROWS
+
+    def keep(self, is_kept: list[bool]) -> None:
+        for name in ("conversations", "names", "places"):
+            values = zip(getattr(self, name), is_kept, strict=True)
+            setattr(self, name, [value for value, kept in values if kept])
 
 
-def split_of(first_user_turn: str, val_fraction: float, seed: int) -> str:
-    """'val' or 'train' by a hash of the turn, so it depends neither on row order nor on other rows.
+class Rejects:
+    """The rows that were left out: counted by reason, and a JSON line each where it is asked for.
 
-    Case, spaces and Unicode form do not matter: variants of one prompt stay on one side.
+    The lines stand in reading order but for those of one batch.
     """
-    normal = " ".join(unicodedata.normalize("NFKC", first_user_turn).casefold().split())
-    digest = hashlib.sha256(f"{seed}\n{normal}".encode()).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+    def __init__(self, path: str, tally: stats.Tally):
+        self._tally = tally
+        self._path, self._partial = path, f"{path}.partial"
+        self._file = open(self._partial, "w", encoding="utf-8") if path else None
+
+    def add(self, place: tuple[str, int], reason: str, row: object) -> None:
+        self._tally.dropped[reason] += 1
+        if self._file:
+            file, number = place
+            line = {"file": file, "row": number, "reason": reason, "text": rows.first_words(row)}
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Put the file in its place, after a failure too: it may tell why."""
+        if self._file:
+            self._file.close()
+            os.replace(self._partial, self._path)
 
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
@@ -86,63 +116,121 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
     if not config.max_rows:
         yield from source.rows()
         return
-    n_rows = source.size if source.unit == "rows" else sum(1 for _ in source.rows())
+    is_counted = source.unit == "rows" and source.size is not None
+    n_rows = source.size if is_counted else sum(1 for _ in source.rows())
     if config.max_rows >= n_rows:
         yield from source.rows()
         return
     chosen = np.zeros(n_rows, dtype=bool)
     chosen[np.random.default_rng(config.seed).choice(n_rows, config.max_rows, replace=False)] = True
-    yield from (row for row, keep in zip(source.rows(), chosen, strict=True) if keep)
+    for row in source.rows():
+        if source.n_rows <= n_rows and chosen[source.n_rows - 1]:
+            yield row
+    if source.n_rows != n_rows:
+        found = f"{source.n_rows} rows where {n_rows} were counted"
+        raise UserError(f"{', '.join(config.source)} gave {found}; prepare it again")
 
 
-def usable(rows: list[object], tally: Tally) -> list[list[chat.Turn]]:
-    """The rows' conversations; rejects and exact duplicates are counted and left out."""
-    conversations = []
-    for row in rows:
+def batches(source: sources.Source, config: PrepareConfig, rejects: Rejects, tally: stats.Tally):
+    """The usable conversations, some together; all others are counted by reason."""
+    seen = leaks.DigestSet()
+    batch = Batch()
+    for row in selected_rows(source, config):
         tally.rows_read += 1
-        if isinstance(row, dict):
+        place = (source.part.name, source.row)
+        if isinstance(row, dict) and tally.rows_read <= 100_000:
             tally.columns.update(key for key, value in row.items() if value is not None)
         try:
-            turns = sources.conversation(row)
-        except sources.Reject as reject:
-            tally.dropped[str(reject)] += 1
-            continue
-        digest = hashlib.blake2b(repr(turns).encode(), digest_size=16).digest()
-        if digest in tally.seen:
-            tally.dropped["exact duplicate"] += 1
-            continue
-        tally.seen.add(digest)
-        conversations.append(turns)
-    return conversations
+            batch.add(rows.conversation(row), stats.names_of(row), place)
+        except rows.Reject as reject:
+            rejects.add(place, str(reject), row)
+        if batch.is_full():
+            yield unique(batch, seen, config, rejects, tally)
+            batch = Batch()
+    yield unique(batch, seen, config, rejects, tally)
 
 
-def convert(source: sources.Source, config: PrepareConfig, writer: dataset.BinWriter) -> Tally:
+def unique(
+    batch: Batch,
+    seen: leaks.DigestSet,
+    config: PrepareConfig,
+    rejects: Rejects,
+    tally: stats.Tally,
+) -> Batch:
+    """The batch without what was seen before, and without the troubles that are to be dropped."""
+    dropped = {
+        "refusal or AI boilerplate": config.drop_refusals,
+        "not English": config.drop_non_english,
+        "run of one character": config.drop_runs,
+    }
+    digests = [leaks.digest_of(turns) for turns in batch.conversations]
+    is_kept = []
+    for turns, place, is_new in zip(
+        batch.conversations, batch.places, seen.add(digests), strict=True
+    ):
+        reasons = [] if is_new else ["exact duplicate"]
+        if is_new:
+            found = [name for name, has in troubles.TROUBLES.items() if has(turns)]
+            tally.troubles.update(found)
+            reasons = [name for name in found if dropped[name]]
+        if reasons:
+            rejects.add(place, reasons[0], turns[0][1])
+        is_kept.append(not reasons)
+    batch.keep(is_kept)
+    return batch
+
+
+def encoded(
+    found: Iterable[Batch], num_threads: int
+) -> Iterator[tuple[Batch, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Each batch with its documents, in order, encoded by threads while the next are read."""
+    waiting: deque[tuple[Batch, Future]] = deque()
+    with ThreadPoolExecutor(num_threads) as threads:
+        for batch in found:
+            waiting.append((batch, threads.submit(chat.encode_documents, batch.conversations)))
+            if len(waiting) > 2 * num_threads:
+                batch, documents = waiting.popleft()
+                yield batch, documents.result()
+        while waiting:
+            batch, documents = waiting.popleft()
+            yield batch, documents.result()
+
+
+def convert(
+    source: sources.Source, config: PrepareConfig, writer: dataset.BinWriter, tally: stats.Tally
+) -> None:
     """Read the source to its end into the writer."""
-    tally = Tally()
-    rows = selected_rows(source, config)
-    with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar:
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            conversations = usable(batch, tally)
-            documents = chat.encode_conversations(conversations, config.num_threads)
-            for turns, (ids, mask) in zip(conversations, documents, strict=True):
-                first_user_turn = next(text for role, text in turns if role == "user")
-                split = split_of(first_user_turn, config.val_fraction, config.seed)
-                writer.add(split, ids, mask)
-                tally.count(split, turns, mask)
-            tokens = sum(counts["tokens"] for counts in tally.splits.values())
-            bar.set_postfix_str(f"{tally.rows_read:,} rows, {tokens:,} tokens", refresh=False)
+    rejects = Rejects(config.rejects, tally)
+    started = time.monotonic()
+    try:
+        with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar:
+            found = batches(source, config, rejects, tally)
+            for batch, documents in encoded(found, config.num_threads):
+                for turns, names, (ids, mask) in zip(
+                    batch.conversations, batch.names, documents, strict=True
+                ):
+                    first_user_turn = next(text for role, text in turns if role == "user")
+                    split = leaks.split_of(first_user_turn, config.val_fraction, config.seed)
+                    writer.add(split, ids, mask)
+                    tally.count(split, turns, names, mask)
+                seconds = time.monotonic() - started
+                speed = f"{tally.rows_read / seconds:,.0f} rows/s, "
+                speed += f"{tally.n_tokens / seconds:,.0f} tokens/s"
+                bar.set_postfix_str(speed, refresh=False)
+                bar.update(source.position - bar.n)
             bar.update(source.position - bar.n)
-    return tally
+    finally:
+        rejects.close()
 
 
-def check_usable(tally: Tally, source: sources.Source, config: PrepareConfig) -> None:
+def check_usable(tally: stats.Tally, config: PrepareConfig) -> None:
     if not sum(counts["documents"] for counts in tally.splits.values()):
         columns = ", ".join(name for name, _ in tally.columns.most_common(20)) or "none"
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
-            f"no usable row in {config.source} ({tally.rows_read} read; {reasons or 'empty'})"
-            f"\n  Columns found: {columns}\n  Wanted: conversations (from/value), messages "
-            "(role/content), or instruction, input and output"
+            f"no usable row in {', '.join(config.source)} ({tally.rows_read} read; "
+            f"{reasons or 'empty'})\n  Columns found: {columns}\n  Wanted: conversations "
+            "(from/value), messages (role/content), or instruction, input and output"
         )
     for split, counts in tally.splits.items():
         if not counts["documents"]:
@@ -152,15 +240,15 @@ def check_usable(tally: Tally, source: sources.Source, config: PrepareConfig) ->
             )
 
 
-def description(
-    tally: Tally, source: sources.Source, config: PrepareConfig, writer: dataset.BinWriter
-) -> dict:
-    """meta.json, but for what the writer adds: versions of the format, and the files' hashes."""
-    lengths = np.concatenate([np.array(writer.lengths[split]) for split in dataset.SPLITS])
-    quantiles = {f"p{q}": int(np.percentile(lengths, q)) for q in (1, 10, 50, 90, 99, 100)}
+# What the bins depend on, beside the source.
+RECIPE = "seed val_fraction max_rows drop_refusals drop_non_english drop_runs".split()
+
+
+def description(source: sources.Source, config: PrepareConfig) -> dict:
+    """All that is needed to make these very bins again."""
     return {
         **source.identity,
-        **{key: asdict(config)[key] for key in ("seed", "val_fraction", "max_rows")},
+        **{key: asdict(config)[key] for key in RECIPE},
         "template": chat.TEMPLATE,
         "special_ids": {
             "<|endoftext|>": chat.END_OF_TEXT,
@@ -168,47 +256,32 @@ def description(
             "<|im_end|>": chat.IM_END,
         },
         "tokenizer": {"ranks_sha256": chat.RANKS_SHA256, "tiktoken": tiktoken.__version__},
-        "rows_read": tally.rows_read,
-        "rows_kept": tally.rows_read - tally.dropped.total(),
-        "rows_dropped": dict(tally.dropped.most_common()),
-        "splits": tally.splits,
-        "document_tokens": quantiles,
+        "versions": {"numpy": np.__version__, "unicode": unicodedata.unidata_version},
     }
 
 
-def table(meta: dict) -> str:
-    """The counts of meta.json for a reader."""
-    lines = [
-        f"{'rows read':<48}{meta['rows_read']:>14,}",
-        f"{'rows kept':<48}{meta['rows_kept']:>14,}",
-    ]
-    for reason, count in meta["rows_dropped"].items():
-        lines.append(f"{'  dropped: ' + reason:<48}{count:>14,}")
-    lines.append(f"{'':<34}" + "".join(f"{split:>14}" for split in dataset.SPLITS))
-    splits = [meta["splits"][split] for split in dataset.SPLITS]
-    for key in ("documents", "tokens", "assistant_tokens", "text_bytes"):
-        lines.append(f"{key.replace('_', ' '):<34}" + "".join(f"{s[key]:>14,}" for s in splits))
-    per_token = [f"{s['text_bytes'] / s['tokens']:>14.2f}" for s in splits]
-    lines.append(f"{'bytes of text a token':<34}" + "".join(per_token))
-    quantiles = "  ".join(f"{name} {value:,}" for name, value in meta["document_tokens"].items())
-    lines.append(f"tokens a document: {quantiles}")
-    return "\n".join(lines)
-
-
 def main(config: PrepareConfig, origins: dict[str, str]) -> None:
-    source = sources.open_source(config.source, config.revision)
+    source = sources.open_sources(config.source, config.revision)
+    tally = stats.Tally()
     try:
         writer = dataset.BinWriter(config.data_dir)
         try:
-            tally = convert(source, config, writer)
-            check_usable(tally, source, config)
-            meta = description(tally, source, config, writer)
-            writer.finish(meta, config.seed)
+            convert(source, config, writer, tally)
+            check_usable(tally, config)
+            writer.shuffle(config.seed)
+            meta = {**description(source, config), **tally.figures()}
+            if config.leak_check:
+                train, val = writer.partial / "train.bin", writer.partial / "val.bin"
+                meta["leak_check"] = leaks.shared_grams(train, val)
+            if config.picture:
+                title = f"{meta['source'][:100]}: {meta['rows_kept']:,} conversations"
+                stats.draw(tally, writer.partial / "stats.png", title)
+            writer.publish(meta, dataset.EXTRAS if config.picture else ())
         finally:
             writer.discard()
     except OSError as error:
         raise UserError(f"stopped while preparing {config.data_dir}: {error}") from error
-    print(table(meta))
+    print(stats.table(meta))
     print(f"written to {config.data_dir}")
 
 

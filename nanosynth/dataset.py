@@ -6,12 +6,13 @@ it is complete. Reads are positioned reads, not memory maps: a file shortened un
 error with its place, not a SIGBUS, and resident memory stays flat.
 """
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from nanosynth.files import HashedFile, sync_folder, write_atomically
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+EXTRAS = ("stats.png",)  # may stand beside them
 FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
 
 
@@ -43,45 +45,71 @@ class BinWriter:
             for pair in names.values()
             for name in pair
         }
-        self.lengths = {split: array("q") for split in SPLITS}
+        self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
+        self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
 
-    def add(self, split: str, ids: list[int], mask: list[int]) -> None:
+    def add(self, split: str, ids: Sequence[int], mask: Sequence[int]) -> None:
         """One document. An id past 65,535 raises instead of wrapping round."""
-        self._spools[f"{split}.bin"].write(np.array(ids, dtype="<u2").tobytes())
+        if not isinstance(ids, np.ndarray):
+            ids = np.array(ids, dtype="<u2")
+        self._spools[f"{split}.bin"].write(ids.astype("<u2", casting="safe", copy=False))
         self._spools[f"{split}_mask.bin"].write(bytes(mask))
         self.lengths[split].append(len(ids))
 
     def finish(self, meta: dict, seed: int) -> None:
-        """Write the bins in a seeded random order of documents, then publish with meta.json."""
-        files = {}
+        """Shuffle and publish."""
+        self.shuffle(seed)
+        self.publish(meta)
+
+    def shuffle(self, seed: int) -> None:
+        """Write the bins, still unpublished, in a seeded random order of documents."""
         for split in SPLITS:
-            lengths = np.array(self.lengths[split], dtype=np.int64)
+            lengths = np.frombuffer(self.lengths[split], dtype=np.int64)
             order = np.random.default_rng(seed).permutation(len(lengths))
             starts = np.cumsum(lengths) - lengths
             for name, itemsize in ((f"{split}.bin", 2), (f"{split}_mask.bin", 1)):
-                places = np.stack([starts[order], lengths[order]], axis=1) * itemsize
-                files[name] = self._write_shuffled(name, places.tolist())
-        meta = {"format_version": FORMAT_VERSION, **meta, "vocab_size": VOCAB_SIZE, "files": files}
-        (self.data_dir / "meta.json").unlink(missing_ok=True)
-        for name in files:
+                self._write_shuffled(name, starts[order] * itemsize, lengths[order] * itemsize)
+
+    def _write_shuffled(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> None:
+        spool = self._spools[name]
+        spool.flush()
+        with HashedFile(self.partial / name) as file:
+            for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
+                places = zip(
+                    starts[first : first + 4096].tolist(),
+                    lengths[first : first + 4096].tolist(),
+                    strict=True,
+                )
+                for start, length in places:
+                    file.write(os.pread(spool.fileno(), length, start))
+        spool.close()
+        os.unlink(self.partial / f"{name}.spool")
+        self._files[name] = file.summary()
+
+    def publish(self, meta: dict, extras: Sequence[str] = ()) -> None:
+        """Put the bins in their place, with those `extras` that stand in `partial`, then meta.json.
+
+        The old meta.json goes first: never does one vouch for a mix of old and new.
+        """
+        meta = {
+            "format_version": FORMAT_VERSION,
+            **meta,
+            "vocab_size": VOCAB_SIZE,
+            "files": self._files,
+        }
+        for name in ("meta.json", *EXTRAS):
+            (self.data_dir / name).unlink(missing_ok=True)
+        sync_folder(self.data_dir)
+        for name in (*self._files, *extras):
             os.replace(self.partial / name, self.data_dir / name)
         sync_folder(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
 
-    def _write_shuffled(self, name: str, places: list[list[int]]) -> dict:
-        spool = self._spools[name]
-        spool.flush()
-        with HashedFile(self.partial / name) as file:
-            for start, length in places:
-                file.write(os.pread(spool.fileno(), length, start))
-        spool.close()
-        os.unlink(self.partial / f"{name}.spool")
-        return file.summary()
-
     def discard(self) -> None:
         """Remove what was not published; call it last, whatever happened."""
         for spool in self._spools.values():
-            spool.close()
+            with contextlib.suppress(OSError):  # its last bytes, to a full disk
+                spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -108,6 +136,11 @@ def read_meta(data_dir: str) -> dict:
         size = bin_path.stat().st_size if bin_path.is_file() else 0
         if size != wanted_bytes:
             raise UserError(f"{bin_path} has {size} bytes, not {wanted_bytes}; run: {mend}")
+    for split in SPLITS:
+        found, n_masks = files[f"{split}.bin"], files[f"{split}_mask.bin"]
+        if found != 2 * n_masks:
+            said = f"{split}.bin has {found} bytes, {split}_mask.bin {n_masks}; wanted 2 to 1"
+            raise UserError(f"{path}: {said}; run: {mend}")
     return meta
 
 
@@ -120,11 +153,12 @@ class Split:
         self.sha256 = self.meta["files"][self.path.name]["sha256"]
         self.n_tokens = self.meta["files"][self.path.name]["bytes"] // 2
         self._ids = os.open(self.path, os.O_RDONLY)
-        self._mask = os.open(Path(data_dir) / f"{split}_mask.bin", os.O_RDONLY)
+        self._mask_path = Path(data_dir) / f"{split}_mask.bin"
+        self._mask = os.open(self._mask_path, os.O_RDONLY)
 
     def ids(self, start: int, count: int) -> np.ndarray:
         """(count,) uint16."""
-        found = np.frombuffer(self._pread(self._ids, 2 * start, 2 * count), dtype="<u2")
+        found = np.frombuffer(self._pread(self.path, self._ids, 2 * start, 2 * count), dtype="<u2")
         if found.size and found.max() >= VOCAB_SIZE:
             place = start + int(found.argmax())
             raise UserError(f"{self.path}: id {found.max()} at token {place}; prepare it again")
@@ -132,12 +166,13 @@ class Split:
 
     def mask(self, start: int, count: int) -> np.ndarray:
         """(count,) uint8, 1 on assistant tokens."""
-        return np.frombuffer(self._pread(self._mask, start, count), dtype=np.uint8)
+        data = self._pread(self._mask_path, self._mask, start, count)
+        return np.frombuffer(data, dtype=np.uint8)
 
-    def _pread(self, descriptor: int, offset: int, n_bytes: int) -> bytes:
+    def _pread(self, path: Path, descriptor: int, offset: int, n_bytes: int) -> bytes:
         data = os.pread(descriptor, n_bytes, offset)
         if len(data) != n_bytes:
-            raise UserError(f"{self.path}: ends before byte {offset + n_bytes}; prepare it again")
+            raise UserError(f"{path}: ends before byte {offset + n_bytes}; prepare it again")
         return data
 
     def n_rows(self, block_size: int) -> int:

@@ -31,7 +31,7 @@ def test_mask_marks_each_answer_and_its_end():
 
 def test_conversations_encoded_together_equal_those_encoded_alone():
     conversations = [TURNS, [("user", "One"), ("assistant", "Two")], TURNS[1:]]
-    together = chat.encode_conversations(conversations, num_threads=2)
+    together = chat.encode_conversations(conversations)
     assert together == [chat.encode_conversations([turns])[0] for turns in conversations]
 
 

@@ -1,15 +1,16 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import chat_row, write_jsonl
+from tiny import chat_row, command, write_jsonl
 
 import prepare
-from nanosynth import UserError, chat, dataset
+from nanosynth import UserError, chat, dataset, leaks, stats, troubles
 
 QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for number in range(100)]
 
@@ -17,7 +18,7 @@ QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for num
 def run(tmp_path: Path, rows: list, name: str = "data", **changes) -> dict:
     """Prepare these rows; the folder's meta.json."""
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    settings = {"val_fraction": 0.2, "num_threads": 1} | changes
+    settings = {"val_fraction": 0.2, "num_threads": 1, "picture": False} | changes
     config = prepare.PrepareConfig(source=str(source), data_dir=str(tmp_path / name), **settings)
     prepare.main(config, {})
     return dataset.read_meta(str(tmp_path / name))
@@ -114,11 +115,11 @@ def test_variants_of_a_first_user_turn_stay_on_one_side():
             f"  {text.replace(' ', '   ')}\n",
             text.replace("é", "e\u0301"),
         ]
-        found = {prepare.split_of(variant, 0.3, 42) for variant in variants}
+        found = {leaks.split_of(variant, 0.3, 42) for variant in variants}
         assert len(found) == 1
         sides += found
     assert 60 < sides.count("val") < 120  # 90 in the mean
-    other = [prepare.split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
+    other = [leaks.split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
     assert other != sides
 
 
@@ -210,4 +211,218 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 
 def test_table_reads_meta(tmp_path):
     meta = json.loads(json.dumps(run(tmp_path, QUESTIONS)))
-    assert re.search(r"^rows kept +100$", prepare.table(meta), re.MULTILINE)
+    assert re.search(r"^rows kept +100$", stats.table(meta), re.MULTILINE)
+
+
+def test_rejects_have_their_place_reason_and_first_words(tmp_path):
+    rows = [*QUESTIONS, QUESTIONS[3], {"text": "none here"}, chat_row("Q", " "), [1]]
+    path = tmp_path / "rejects.jsonl"
+    meta = run(tmp_path, rows, rejects=str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert Counter(line["reason"] for line in lines) == meta["rows_dropped"]
+    assert sorted((line["file"], line["row"], line["text"]) for line in lines) == [
+        ("rows.jsonl", 101, "Question number 3?"),
+        ("rows.jsonl", 102, "none here"),
+        ("rows.jsonl", 103, "Q"),
+        ("rows.jsonl", 104, ""),
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(UserError, match="no usable row"):
+        run(tmp_path, [{"text": "x"}], rejects=str(path))
+    assert len(path.read_text().splitlines()) == 1  # it tells why
+
+
+TROUBLED = [
+    ("refusal or AI boilerplate", "Tell me.", "As an AI language model, I do not know."),
+    ("refusal or AI boilerplate", "Do it.", "I\u2019m sorry, but I cannot do that."),
+    ("refusal or AI boilerplate", "Do it!", "I can't help with it."),
+    (
+        "not English",
+        "¿Qué es el sol?",
+        "El sol es una estrella que está en el centro de la galaxia.",
+    ),
+    (
+        "not English",
+        "什么是太阳",
+        "太阳是一颗恒星，位于太阳系的中心。它给地球带来光和热，是生命的源泉。",
+    ),
+    ("run of one character", "Draw a line.", "Here: " + "-" * 100),
+    ("run of one character", "x" * 124 + "y", "No."),
+]
+UNTROUBLED = [
+    ("Say no.", "I can't swim, but I can help you. I'm sorry to hear of it."),
+    ("Who are you?", "I am an aide of the king, as an aim goes."),
+    ("Code?", "for i in range(10):\n    print(i ** 2)\n" + "# " + "-" * 99),
+    ("What is déjà vu? It is French for 'le déjà vu'.", "It is the feeling of having seen it."),
+    ("2 + 2?", "4"),
+    (
+        "Translate 'sun' to Japanese.",
+        "It is 太陽 (taiyou), which is read so in all of the country.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("trouble", "question", "answer"), TROUBLED)
+def test_known_troubles_are_found(trouble, question, answer):
+    turns = [("user", question), ("assistant", answer)]
+    assert [name for name, has in troubles.TROUBLES.items() if has(turns)] == [trouble]
+
+
+@pytest.mark.parametrize(("question", "answer"), UNTROUBLED)
+def test_sound_conversations_have_no_trouble(question, answer):
+    turns = [("user", question), ("assistant", answer)]
+    assert not [name for name, has in troubles.TROUBLES.items() if has(turns)]
+
+
+def test_troubles_are_counted_always_and_dropped_on_request(tmp_path):
+    rows = [*QUESTIONS, *(chat_row(question, answer) for _, question, answer in TROUBLED)]
+    seen = {"refusal or AI boilerplate": 3, "not English": 2, "run of one character": 2}
+    meta = run(tmp_path, rows)
+    assert meta["troubles"] == seen and meta["rows_dropped"] == {} and meta["rows_kept"] == 107
+    for flag, reason in zip(("refusals", "non_english", "runs"), seen, strict=True):
+        meta = run(tmp_path, rows, **{f"drop_{flag}": True})
+        assert meta["troubles"] == seen and meta["rows_dropped"] == {reason: seen[reason]}
+        assert meta[f"drop_{flag}"] is True
+
+
+def test_digest_set_tells_new_from_old():
+    chance = np.random.default_rng(0)
+    digests = [bytes(row) for row in chance.integers(0, 3, (400, 16), dtype=np.uint8)]
+    digests = [digest[:14] + bytes(2) for digest in digests] * 5
+    chance.shuffle(digests)
+    seen, known, found = leaks.DigestSet(), set(), []
+    for start in range(0, len(digests), 37):
+        found += seen.add(digests[start : start + 37])
+    for digest, is_new in zip(digests, found, strict=True):
+        assert is_new == (digest not in known)
+        known.add(digest)
+    assert seen.add([]) == []
+
+
+def test_digests_differ_where_conversations_do():
+    found = [
+        [("user", "a"), ("assistant", "b")],
+        [("user", "aassistant 1 b"), ("assistant", "b")],
+        [("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b")],
+        [("system", "a"), ("user", "a"), ("assistant", "b")],
+        [("user", "a"), ("assistant", "b\0")],
+    ]
+    assert len({leaks.digest_of(turns) for turns in found}) == len(found)
+
+
+def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
+    """Of each document, the 13-grams of its user and assistant turns, said plainly."""
+    found = []
+    for text in documents:
+        turns = re.findall(r"<\|im_start\|>(user|assistant)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+        encoded = [(role, chat.tokenizer().encode_ordinary(text)) for role, text in turns]
+        newline = [198]  # the last token of 'assistant\n' may begin a gram
+        ids = [newline * (role == "assistant") + ids for role, ids in encoded]
+        found.append([tuple(i[n : n + 13]) for i in ids for n in range(len(i) - 12)])
+    return found
+
+
+@pytest.mark.parametrize("block_tokens", [1 << 20, 100])
+def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, block_tokens):
+    monkeypatch.setattr(leaks, "_BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(leaks, "_FILTER_BITS", 1 << 12)
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    chance = np.random.default_rng(0)
+    rows = [
+        chat_row(
+            f"{n}: " + " ".join(chance.choice(words[:2], 14)), " ".join(chance.choice(words, 30))
+        )
+        for n in range(80)
+    ]
+    for row in rows[::2]:
+        row["conversations"].insert(0, {"from": "system", "value": "Be good. " * 20})
+    found = run(tmp_path, rows, leak_check=True)["leak_check"]
+    train = {g for grams in grams_of(texts(tmp_path / "data", "train")) for g in grams}
+    val = grams_of(texts(tmp_path / "data", "val"))
+    shared = [[gram in train for gram in grams] for grams in val]
+    assert found == {
+        "tokens": 13,
+        "one_in": 1,
+        "val_grams": sum(map(len, val)),
+        "val_grams_in_train": sum(map(sum, shared)),
+        "val_documents": sum(map(bool, val)),
+        "val_documents_with_any": sum(map(any, shared)),
+        "val_documents_with_half": sum(any(s) and 2 * sum(s) >= len(s) for s in shared),
+    }
+    assert 0 < found["val_grams_in_train"] < found["val_grams"]
+    assert f"{found['val_grams_in_train']:,} of {found['val_grams']:,} (" in capsys.readouterr().out
+
+
+def test_sources_and_categories_are_counted(tmp_path, capsys):
+    rows = [{**row, "source": "abc"[n % 3], "category": None} for n, row in enumerate(QUESTIONS)]
+    rows[0]["source"] = 5
+    meta = run(tmp_path, rows)
+    assert {name: counts["documents"] for name, counts in meta["by_source"].items()} == {
+        "a": 33,
+        "b": 33,
+        "c": 33,
+        "(not given)": 1,
+    }
+    n_tokens = sum(counts["tokens"] for counts in meta["splits"].values())
+    assert meta["by_category"] == {"(not given)": {"documents": 100, "tokens": n_tokens}}
+    assert sum(counts["tokens"] for counts in meta["by_source"].values()) == n_tokens
+    assert meta["documents_by_turns"] == {"2": 100}
+    assert "tokens by category: (not given) 100.0%" in capsys.readouterr().out
+
+
+def test_names_without_end_are_told_apart_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "MOST_NAMES", 10)
+    meta = run(tmp_path, [{**row, "source": f"s{n}"} for n, row in enumerate(QUESTIONS)])
+    assert len(meta["by_source"]) == 11 and meta["by_source"]["(others)"]["documents"] == 90
+
+
+def test_the_picture_comes_and_goes_with_the_bins(tmp_path):
+    rows = [{**row, "source": "$a_1$ \\x 太阳"[: n % 12]} for n, row in enumerate(QUESTIONS)]
+    run(tmp_path, rows, picture=True)
+    assert (tmp_path / "data" / "stats.png").read_bytes().startswith(b"\x89PNG")
+    run(tmp_path, rows)
+    assert not (tmp_path / "data" / "stats.png").exists()
+
+
+def test_several_sources_in_one(tmp_path):
+    half = write_jsonl(tmp_path / "half.jsonl", QUESTIONS[::2])
+    write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
+    both = (str(half), str(tmp_path / "rows.jsonl"))
+    config = prepare.PrepareConfig(source=both, data_dir=str(tmp_path / "two"), picture=False)
+    prepare.main(config, {})
+    meta = dataset.read_meta(str(tmp_path / "two"))
+    assert meta["rows_read"] == 150 and meta["rows_dropped"] == {"exact duplicate": 50}
+    assert meta["source"] == "half.jsonl, rows.jsonl" and "sha256" not in meta
+    assert [identity["source"] for identity in meta["sources"]] == ["half.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_bins_do_not_depend_on_threads_or_batches(tmp_path, monkeypatch, num_threads):
+    run(tmp_path, QUESTIONS * 2, "one")
+    monkeypatch.setattr(prepare, "BATCH_ROWS", 3)
+    run(tmp_path, QUESTIONS * 2, "other", num_threads=num_threads)
+    assert bins(tmp_path / "one") == bins(tmp_path / "other")
+    assert read(tmp_path / "one") == read(tmp_path / "other")
+
+
+def read(data_dir: Path) -> str:
+    return (data_dir / "meta.json").read_text()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """No file may grow past 100 kB, as on a disk without more room."""
+    source = write_jsonl(
+        tmp_path / "rows.jsonl", [chat_row(f"{n}", "word " * 99) for n in range(999)]
+    )
+    program = (
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.argv[0] = 'prepare.py'\n"
+        "runpy.run_path('prepare.py', run_name='__main__')\n"
+    )
+    done = command("-c", program, f"--source={source}", f"--data_dir={tmp_path / 'data'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert re.match(r"prepare.py: error: stopped while preparing .*data: .*File too large", said)
+    assert list((tmp_path / "data").iterdir()) == []

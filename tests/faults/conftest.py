@@ -23,6 +23,9 @@ TRIALS = {
     "SIGKILL of torchrun": (1, 5),
     "two ranks, no fault: exit 0": (5, 200),
     "best checkpoint after SIGKILLs": (1, 10),
+    "prepare.py: SIGKILL at a random time, run again": (3, 100),
+    "prepare.py: ended at an operation of its publication": (3, 100),
+    "prepare.py: fuzzed files": (150, 10_000),
 }
 WANDB_HANGS_SECONDS = (2, 60)
 ROWS = pytest.StashKey[list]()

@@ -39,7 +39,7 @@ BASE = {
     "log_interval": 50,
     "keep_last": 2,
 }
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+LEARNING_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
 SEEDS = (42, 43, 44)
 MUON, LINEAR_TO_ZERO = {"optimizer": "muon"}, {"decay": "linear", "min_learning_rate": 0.0}

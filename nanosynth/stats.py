@@ -3,6 +3,7 @@
 Counted document by document in little memory; told as meta.json's figures, a table and a picture.
 """
 
+import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -183,7 +184,9 @@ def draw(tally: Tally, path: Path, title: str) -> None:
         places[name].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for name, shares in tally.shares.items():
         _draw_shares(places[name], name, shares)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    with warnings.catch_warnings():  # a name in a script that the font lacks shows as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=80, metadata={"Software": None})
     pyplot.close(figure)
 
 

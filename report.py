@@ -24,6 +24,8 @@ class ReportConfig:
     samples: int = setting(5, "samples shown of each run: the first of its file")
 
     def __post_init__(self):
+        if len({Path(path).resolve() for path in self.run}) < len(self.run):
+            raise UserError(f"--run names a folder twice: {', '.join(self.run)}")
         if self.samples < 0:
             raise UserError(f"--samples={self.samples}; wanted 0 or more")
 
@@ -103,10 +105,11 @@ def figures_section(recipes: list[list[runs.Run]]) -> tuple[str, dict]:
     """Every figure of every run side by side, with the spread over the seeds of a recipe."""
     loaded = [run for recipe in recipes for run in recipe]
     found = {run.path: runs.figures(run) for run in loaded}
-    at_equal_tokens = set.intersection(*(set(runs.loss_at(run)) for run in loaded))
-    for tokens in sorted(at_equal_tokens)[-1:] if len(loaded) > 1 else ():
-        for run in loaded:
-            found[run.path][f"validation loss at {tokens:,} tokens"] = runs.loss_at(run)[tokens]
+    evaluated = [runs.loss_at(run) for run in loaded]  # losses by tokens seen
+    tokens = max(set.intersection(*map(set, evaluated)), default=None)
+    if len(loaded) > 1 and tokens is not None:
+        for run, losses in zip(loaded, evaluated, strict=True):
+            found[run.path][f"validation loss at {tokens:,} tokens"] = losses[tokens]
     names = dict.fromkeys(name for values in found.values() for name in values)
     rows = [["figure", *found]]
     for name in dict.fromkeys(name for run in loaded for name in run.settings):
@@ -115,15 +118,14 @@ def figures_section(recipes: list[list[runs.Run]]) -> tuple[str, dict]:
     rows += [[name, *(shown(values.get(name)) for values in found.values())] for name in names]
     parts, spread = [table(rows)], {}
     for recipe in recipes:
-        seeds = [found[run.path] for run in recipe if run.finished]
+        seeds = {run.path: found[run.path] for run in recipe if run.finished}
         if len(seeds) > 1:
-            of_recipe = {
-                name: spread_of([values[name] for values in seeds])
+            key = ", ".join(seeds)
+            spread[key] = of_recipe = {
+                name: spread_of([values[name] for values in seeds.values()])
                 for name in names
-                if all(name in values for values in seeds)
+                if all(name in values for values in seeds.values())
             }
-            key = ", ".join(run.path for run in recipe)
-            spread[key] = of_recipe
             rows = [["figure", "mean", "standard deviation", "lowest", "highest"]]
             rows += [[name, *map(shown, values.values())] for name, values in of_recipe.items()]
             parts += [f"Over {len(seeds)} finished seeds of one recipe, {key}:", table(rows)]
@@ -192,7 +194,7 @@ def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -
 
 
 def main(config: ReportConfig, origins: dict[str, str]) -> None:
-    loaded = [runs.read(path) for path in dict.fromkeys(config.run)]
+    loaded = [runs.read(path) for path in config.run]
     events = {run.path: criteria.find_events(run.train) for run in loaded}
     text, summary = compose(loaded, events, config.samples)
     folder = Path(config.output_dir or config.run[0])

@@ -40,7 +40,8 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        return self.config.get("settings", {})
+        found = self.config.get("settings")
+        return found if isinstance(found, dict) else {}
 
     @property
     def steps(self) -> int:

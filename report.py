@@ -6,7 +6,6 @@ Usage:
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +24,7 @@ class ReportConfig:
     samples: int = setting(5, "samples shown of each run: the first of its file")
 
     def __post_init__(self):
-        folders = [Path(path).resolve() for path in self.run]
-        if len(set(folders)) < len(folders):
+        if len({Path(path).resolve() for path in self.run}) < len(self.run):
             raise UserError(f"--run names a folder twice: {', '.join(self.run)}")
         if self.samples < 0:
             raise UserError(f"--samples={self.samples}; wanted 0 or more")
@@ -37,25 +35,23 @@ if __name__ == "__main__":
 
 from statistics import fmean, stdev
 
-from nanosynth import criteria, curves, facts, runs
-from nanosynth.criteria import FAIL, NOT_MEASURED, PASS, Events, Judgement
+from nanosynth import criteria, curves, runs
+from nanosynth.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
 from nanosynth.files import write_atomically
 
-FORMATS = {  # by the first words of a figure's name; else three decimals
-    **{"parameters": ",.0f", "steps": ",.0f", "tokens": ",.0f"},
-    **{"validation loss": ".4f", "gap": "+.4f", "bits": ".4f", "perplexity": ",.3f"},
-    **{"coherent": ".1%", "answers": ".1%", "MFU": ".1%"},
-}
 LIMITS = (
     "No human has judged the texts, and no other model has.",
-    "The validation split comes from the same source as the training data: near-copies with "
-    "another first turn may stand on both sides, and nothing here tells how the model does on "
-    "text of another kind.",
-    "Steps that a resume took back, and what happened in them, are in no record; the starts of a "
-    "run are listed above. Start-up and saving are not in the hours.",
-    "Training loss is taken on rows before they are learnt: in a first epoch the gap shows how the "
-    "splits differ, not what was memorised.",
-    "A difference between recipes that is below the spread over seeds is no difference.",
+    "The validation split is drawn from the training data's source, by a hash of the seed and the "
+    "first user turn (case and spaces apart): one first turn never stands on both sides, but "
+    "near-copies with another may, and nothing here tells how the model does on other text.",
+    "Where an interval reaches over its threshold, another sample could turn the verdict.",
+    f"The budget of a run is {GPU_HOURS:g} GPU-hour. Hours are added up from each step's speed: "
+    "start-up, saving, and steps that a resume took back are in no record. MFU is of the device's "
+    "dense 16-bit peak, where that is known.",
+    "The gap compares with training loss on rows before they are learnt: in a first epoch it shows "
+    "how the splits differ, not what was memorised.",
+    "Losses compare only at equal data, loss_on, block_size and eval_rows, and a difference below "
+    "the spread over seeds is none.",
 )
 
 
@@ -67,90 +63,73 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def shown(name: str, value: float | None) -> str:
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def shown(value: float | None) -> str:
     if value is None:
         return "-"
-    return format(value, next((f for key, f in FORMATS.items() if name.startswith(key)), ".3f"))
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def judge(recipes: list[list[runs.Run]], events: dict[str, Events]) -> list[list[Judgement]]:
-    """The judgements of each recipe: three on each of its runs, one on all."""
-    found = []
-    for seeds in recipes:
-        judged = {
-            run.path: [
-                criteria.perplexity(run),
-                criteria.coherence(run),
-                criteria.stability(run, events[run.path]),
-            ]
-            for run in seeds
-        }
-        by_criterion = [j for same in zip(*judged.values(), strict=True) for j in same]
-        found.append([*by_criterion, criteria.reproducibility(seeds, judged)])
-    return found
+def worst(judgements: list[Judgement]) -> str:
+    return min((j.verdict for j in judgements), key=(FAIL, NOT_MEASURED, PASS).index)
 
 
-def headline(judgements: list[Judgement], seeds: list[runs.Run]) -> str:
+def headline(judgements: list[Judgement], recipe: list[runs.Run]) -> str:
     """One line: the answer, and what it rests on; of a run under way it is the answer so far."""
-    verdicts = [judgement.verdict for judgement in judgements]
-    answer = "yes" if set(verdicts) == {PASS} else "no" if FAIL in verdicts else "not known yet"
-    if not all(run.finished for run in seeds):
+    answer = {FAIL: "no", NOT_MEASURED: "not known yet", PASS: "yes"}[worst(judgements)]
+    if any(run.finished is False for run in recipe):
         answer += ", training is not finished"
-    parts = []
-    for name in criteria.THRESHOLDS:
-        of_this = [j.verdict for j in judgements if j.criterion == name]
-        worst = next(v for v in (FAIL, NOT_MEASURED, PASS) if v in of_this)
-        parts.append(f"{name} {worst}")
-    return f"{', '.join(judgements[-1].runs)}: {answer} ({', '.join(parts)})"
+    by_criterion = [
+        f"{name} {worst([j for j in judgements if j.criterion == name])}"
+        for name in criteria.THRESHOLDS
+    ]
+    return f"{', '.join(run.path for run in recipe)}: {answer} ({', '.join(by_criterion)})"
 
 
-def criteria_section(judgements: list[Judgement], loaded: list[runs.Run]) -> str:
-    rows = [["criterion", "run", "threshold", "figure", "interval", "verdict"]]
-    remarks = []
+def criteria_section(judgements: list[Judgement]) -> str:
+    rows, remarks = [["criterion", "run", "threshold", "figure", "interval", "verdict"]], []
     for j in judgements:
-        unit = "%" if j.criterion == "coherence" else ""
-        scale = 100 if unit else 1
-        ends = [f"{end * scale:,.4g}{unit}" for end in j.interval or ()]
-        interval = " to ".join(ends) or "-"
-        names = ", ".join(j.runs)
+        names, interval = ", ".join(j.runs), " to ".join(map(shown, j.interval or ())) or "-"
         threshold = criteria.THRESHOLDS[j.criterion]
-        rows.append([j.criterion, names, threshold, j.text or "-", interval, j.verdict])
-        if j.remark:
-            remarks.append(f"- {j.criterion}, {names}: {j.remark}.")
-        if j.command:
-            remarks.append(f"- {j.criterion}, {names}: measure it with `{j.command}`")
-    rules = {run.tasks["rule"] for run in loaded if run.tasks} or {"see eval_tasks.py"}
-    how = criteria.HOW | {"coherence": criteria.HOW["coherence"] + "; ".join(sorted(rules))}
-    remarks += [f"- {note}" for run in loaded for note in run.notes]
-    measured = [f"- **{name}**: {text}" for name, text in how.items()]
-    return "\n".join([table(rows), "", *remarks, "", "How each is measured:", "", *measured])
+        rows.append([j.criterion, names, threshold, shown(j.figure), interval, j.verdict])
+        command = f"; measure it with `{j.command}`" if j.command else ""
+        remarks.append(f"{j.criterion}, {names}: {j.remark}{command}")
+    how = [f"**{name}**: {text}" for name, text in criteria.HOW.items()]
+    return "\n\n".join([table(rows), bullets(remarks), "How each is measured:", bullets(how)])
 
 
 def figures_section(recipes: list[list[runs.Run]]) -> tuple[str, dict]:
     """Every figure of every run side by side, with the spread over the seeds of a recipe."""
-    loaded = [run for seeds in recipes for run in seeds]
+    loaded = [run for recipe in recipes for run in recipe]
     found = {run.path: runs.figures(run) for run in loaded}
-    if tokens := equal_tokens(loaded):
-        for run in loaded:
-            name = f"validation loss at {tokens:,} tokens"
-            found[run.path][name] = runs.loss_at(run)[tokens]
-    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    evaluated = [runs.loss_at(run) for run in loaded]  # losses by tokens seen
+    tokens = max(set.intersection(*map(set, evaluated)), default=None)
+    if len(loaded) > 1 and tokens is not None:
+        for run, losses in zip(loaded, evaluated, strict=True):
+            found[run.path][f"validation loss at {tokens:,} tokens"] = losses[tokens]
+    names = dict.fromkeys(name for values in found.values() for name in values)
     rows = [["figure", *found]]
-    rows += [[name, *(shown(name, found[run].get(name)) for run in found)] for name in names]
-    text, spread = table(rows), {}
+    for name in dict.fromkeys(name for run in loaded for name in run.settings):
+        values = [str(run.settings.get(name, "-")) for run in loaded]
+        rows += [[f"--{name}", *values]] if len(set(values)) > 1 else []  # where the recipes differ
+    rows += [[name, *(shown(values.get(name)) for values in found.values())] for name in names]
+    parts, spread = [table(rows)], {}
     for recipe in recipes:
-        seeds = [run for run in recipe if run.finished]
+        seeds = {run.path: found[run.path] for run in recipe if run.finished}
         if len(seeds) > 1:
-            of_recipe = {name: [found[run.path].get(name) for run in seeds] for name in names}
-            key = ", ".join(run.path for run in seeds)
-            spread[key] = {n: spread_of(v) for n, v in of_recipe.items() if None not in v}
-            head = ["figure", "mean", "standard deviation", "lowest", "highest"]
-            lines = [[n, *(shown(n, x) for x in s.values())] for n, s in spread[key].items()]
-            text += f"\n\nOver {len(seeds)} finished runs of one recipe, {key}:\n\n"
-            text += table([head, *lines])
-    if len(recipes) > 1:
-        text += "\n\n" + comparison(loaded, tokens)
-    return text, {"by_run": found, "spread": spread}
+            key = ", ".join(seeds)
+            spread[key] = of_recipe = {
+                name: spread_of([values[name] for values in seeds.values()])
+                for name in names
+                if all(name in values for values in seeds.values())
+            }
+            rows = [["figure", "mean", "standard deviation", "lowest", "highest"]]
+            rows += [[name, *map(shown, values.values())] for name, values in of_recipe.items()]
+            parts += [f"Over {len(seeds)} finished seeds of one recipe, {key}:", table(rows)]
+    return "\n\n".join(parts), {"by_run": found, "spread": spread}
 
 
 def spread_of(values: list[float]) -> dict[str, float]:
@@ -158,92 +137,48 @@ def spread_of(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "stdev": stdev(values), "lowest": min(values), "highest": max(values)}
 
 
-def equal_tokens(loaded: list[runs.Run]) -> int | None:
-    """The most tokens after which every run was evaluated; None for one run, or no such place."""
-    common = set.intersection(*(set(runs.loss_at(run)) for run in loaded))
-    return max(common, default=None) if len(loaded) > 1 else None
-
-
-def comparison(loaded: list[runs.Run], tokens: int | None) -> str:
-    """What makes the recipes comparable, or not."""
-    if tokens is None:
-        text = "No evaluation of all runs falls on an equal number of tokens seen."
-    else:
-        text = f"The recipes are compared by validation loss at {tokens:,} tokens seen by each."
-    for key in ("loss_on", "block_size", "eval_rows", "data_dir"):
-        values = {str(run.config.get("settings", {}).get(key)) for run in loaded}
-        if len(values) > 1:
-            text += f" They differ in {key} ({', '.join(sorted(values))}): not a like comparison."
-    return text
-
-
-def tasks_section(run: runs.Run) -> str:
-    """Generation quality and zero-shot tasks, as eval_tasks.py measured them."""
-    rows = [["prompts", "answers", "n", "coherent", "instructions", "memorised", "distinct-1/2/3"]]
-    rows[0] += ["self-BLEU", "compression", "parts of coherent"]
-    for split, modes in run.tasks["generation"].items():
-        for mode, m in modes.items():
-            shares = [m[key] for key in ("coherent", "instructions", "memorised")]
-            row = [split, mode, str(m["n"]), *(f"{s['share']:.1%}" if s else "-" for s in shares)]
-            row.append("/".join(shown("distinct", value) for value in m["distinct"].values()))
-            row += [shown(key, m[key]) for key in ("self_bleu", "compression_ratio")]
-            parts = [f"{part} {shown('coherent', value)}" for part, value in m["parts"].items()]
-            rows.append([*row, ", ".join(parts)])
-    zero = [["task", "metric", "model", "parameters", "score", "standard error", "n", "source"]]
-    for task, s in run.tasks["zero_shot"].items():
-        own = [f"{run.config.get('parameters', 0):,}", shown(task, s["score"])]
-        own += [shown(task, s["stderr"]), str(s["n"]), "measured"]
-        zero.append([task, s["metric"], run.path, *own])
-        zero.append([task, s["metric"], "chance", "-", shown(task, s["chance"]), "-", "-", "-"])
-        for other in run.tasks["published"].get(task, ()):
-            score = [f"{other['parameters']:,}", shown(task, other["score"]), "-", "-"]
-            zero.append([task, s["metric"], other["model"], *score, other["source"]])
-    return "\n\n".join(table(rows) for rows in (rows, zero) if len(rows) > 1)
+def made_section(run: runs.Run) -> str:
+    """How the run was made, so that it can be made again."""
+    lines = []
+    for start in run.config.get("starts") or ():
+        others = ", ".join(f"{key} {value}" for key, value in start.items() if key != "command")
+        lines.append(f"`{start['command']}`: {others}")
+    facts = {key: value for key, value in run.config.items() if key != "starts"}
+    facts |= {f"data, {key}": value for key, value in run.data.items()}
+    return bullets([*lines, *(f"{key}: `{json.dumps(value)}`" for key, value in facts.items())])
 
 
 def samples_section(run: runs.Run, count: int) -> str:
     """The first `count` of the file: of held-out prompts, sampled, where the file has several."""
     chosen = [s for s in run.samples if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
     chosen = (chosen or run.samples)[:count]
+    if not chosen:
+        return ""
     parts = [f"The first {len(chosen)} of `{run.samples_file}`, whole and unedited."]
     for sample in chosen:
-        judged = {True: ", coherent", False: ", not coherent"}.get(sample.get("coherent"), "")
         page = f"{sample['prompt']}{sample['text']}".splitlines()
-        end = f"[{sample['finish']}, {sample['tokens']} tokens{judged}]"
+        coherent = sample.get("coherent", "not judged")
+        end = f"[{sample['finish']}, {sample['tokens']} tokens, coherent: {coherent}]"
         parts.append("\n".join(f"    {line}".rstrip() for line in (*page, end)))
     return "\n\n".join(parts)
 
 
-def finite(value: object) -> object:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -> tuple[str, dict]:
     """The texts of report.md and report.json, the latter as an object."""
-    groups: dict[str, list[runs.Run]] = {}
-    for run in loaded:
-        groups.setdefault(criteria.recipe(run), []).append(run)
-    recipes = list(groups.values())
-    judged = judge(recipes, events)
+    recipes = criteria.recipes(loaded)
+    judged = [criteria.judge(recipe, events) for recipe in recipes]
     headlines = [headline(*pair) for pair in zip(judged, recipes, strict=True)]
     every = [judgement for judgements in judged for judgement in judgements]
     text, figures = figures_section(recipes)
-    parts = ["# Was pure synthetic data enough?", *(f"**{line}**" for line in headlines)]
-    parts += [criteria_section(every, loaded), "## Figures", text, "![curves](curves.png)"]
+    parts = ["## Figures", text, "![curves](curves.png)"]
     for run in loaded:
-        if run.tasks:
-            parts += [f"## Tasks of {run.path}, step {run.tasks['step']}", tasks_section(run)]
-    for run in loaded:
-        parts += [f"## How {run.path} was made", facts.section(run, events[run.path])]
-    for run in loaded:
-        if run.samples and n_samples:
-            parts += [f"## Samples of {run.path}", samples_section(run, n_samples)]
-    parts += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
+        if text := run.attempt("config.json", "", made_section, run):
+            parts += [f"## How {run.path} was made", text]
+        if text := run.attempt(run.samples_file, "", samples_section, run, n_samples):
+            parts += [f"## Samples of {run.path}", text]
+    notes = [note for run in loaded for note in run.notes]
+    start = ["# Was pure synthetic data enough?", *(f"**{line}**" for line in headlines)]
+    start += [criteria_section(every), "Left out, or not in agreement:", bullets(notes or ["none"])]
     summary = {
         "format_version": 1,
         "headlines": headlines,
@@ -252,9 +187,10 @@ def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -
         "figures": figures,
         "events": {path: found._asdict() for path, found in events.items()},
         "runs": {run.path: {"config": run.config, "data": run.data} for run in loaded},
-        "notes": [note for run in loaded for note in run.notes],
+        "notes": notes,
     }
-    return "\n\n".join(parts) + "\n", finite(summary)
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
+    return "\n\n".join([*start, *parts, "## Limits", bullets(LIMITS)]) + "\n", summary
 
 
 def main(config: ReportConfig, origins: dict[str, str]) -> None:

@@ -1,18 +1,19 @@
 """The criteria of the experiment: what each asks, how it is measured, and whether a run meets it.
 
-Fixed before the runs. A figure decides by itself; an interval that reaches over the threshold is
-said beside the verdict and doesn't change it.
+Fixed before the runs. A figure decides by itself; its interval stands beside it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
-from nanosynth import runs
+from nanosynth import UserError
 from nanosynth.optim import SpikeGuard
+from nanosynth.runs import BROKEN, Run, numbers
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
 MAX_PERPLEXITY = 20.0
@@ -22,19 +23,20 @@ MAX_RISE = 0.3  # nats: a perplexity a third higher
 MAX_OVERFLOWS = 3  # in a row: a loss scale up to 8 times too high
 MAX_SPREAD = 0.05
 GPU_HOURS = 1.0  # the budget of one run
+
 THRESHOLDS = {
     "perplexity": f"< {MAX_PERPLEXITY:g}",
-    "coherence": f">= {MIN_COHERENT:.0%}",
+    "coherence": f">= {MIN_COHERENT:g}",
     "stability": "no NaN, no spike",
-    "reproducibility": f"spread <= {MAX_SPREAD:.0%}",
+    "reproducibility": f"spread <= {MAX_SPREAD:g}",
 }
-
+FILES = {"perplexity": "eval_ppl.json", "coherence": "tasks.json", "stability": "metrics.jsonl"}
 HOW = {
     "perplexity": "exp of the mean loss over every token of the validation split, each scored once "
     "by the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
     f"{MAX_PERPLEXITY:g} passes. All tokens count, also where training was on answers alone.",
     "coherence": "share of held-out validation prompts whose sampled answer passes every part of "
-    f"the rule of eval_tasks.py; {MIN_COHERENT:.0%} or more passes. Rule: ",
+    f"the rule of eval_tasks.py; {MIN_COHERENT:.0%} or more passes.",
     "stability": "counted over every step in metrics.jsonl. NaN: a loss that is not finite, or a "
     "gradient that is not while there is no loss scale above 1 to blame, or more than "
     f"{MAX_OVERFLOWS} times in a row. Spike: a loss more than {SPIKE_SIGMAS:g} standard deviations "
@@ -50,44 +52,40 @@ HOW = {
 
 
 class Events(NamedTuple):
-    """The steps at which training went wrong, by kind."""
+    """The steps at which training went wrong; a skipped step of no other kind overflowed."""
 
     not_finite: list[int]
-    spikes: list[int]
-    rises: list[int]  # where the running mean first stood MAX_RISE above its lowest
-    overflows: list[int]  # float16's, which the loss scale explains
-
-    @property
-    def bad(self) -> list[int]:
-        return sorted({*self.not_finite, *self.spikes, *self.rises})
+    spikes: list[int]  # with the steps at which the mean first stood MAX_RISE above its lowest
+    skipped: list[int]
 
 
 def find_events(train: list[dict]) -> Events:
     """Replays the losses of metrics.jsonl through the guard that training itself uses."""
     guard = SpikeGuard(SPIKE_SIGMAS, torch.device("cpu"))
-    found = Events([], [], [], [])
+    not_finite, spikes, skipped = [], [], []
     lowest, risen, n_overflows = math.inf, False, 0
     for record in train:
-        step, loss = record["step"], record["loss"]
-        finite_gradient = record["grad_norm"] is not None
-        loss_tensor = torch.tensor(math.nan if loss is None else float(loss))
-        accepted = guard.accepts(loss_tensor)
-        n_overflows = 0 if finite_gradient else n_overflows + 1
-        if loss is None:
-            found.not_finite.append(step)
-        elif not accepted or (finite_gradient and record["skipped"]):
-            found.spikes.append(step)
-        elif not finite_gradient:
-            is_overflow = record["loss_scale"] > 1 and n_overflows <= MAX_OVERFLOWS
-            (found.overflows if is_overflow else found.not_finite).append(step)
-        guard.note(loss_tensor, accepted & finite_gradient)
+        step, is_finite = record["step"], record["grad_norm"] is not None
+        loss = torch.tensor(math.nan if record["loss"] is None else float(record["loss"]))
+        accepted = guard.accepts(loss)
+        n_overflows = 0 if is_finite else n_overflows + 1
+        is_overflow = record["loss_scale"] > 1 and n_overflows <= MAX_OVERFLOWS
+        if record["loss"] is None:
+            not_finite.append(step)
+        elif not accepted or (is_finite and record["skipped"]):
+            spikes.append(step)
+        elif not is_finite and not is_overflow:
+            not_finite.append(step)
+        if record["skipped"]:
+            skipped.append(step)
+        guard.note(loss, accepted & (not record["skipped"]))
         if guard.n_accepted >= guard.WINDOW:
             mean = guard.losses.mean().item()
             lowest = min(lowest, mean)
             if mean > lowest + MAX_RISE and not risen:
-                found.rises.append(step)
+                spikes.append(step)
             risen = mean > lowest + MAX_RISE
-    return found
+    return Events(not_finite, spikes, skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,150 +97,125 @@ class Judgement:
     verdict: str = NOT_MEASURED
     figure: float | None = None
     interval: list[float] | None = None
-    text: str = ""  # the figure for a reader
-    remark: str = ""  # what a sceptic should know, or why there is no figure
+    remark: str = ""  # what the figure rests on, or why there is none
     command: str = ""  # what would measure it, where it is not measured
 
 
-def perplexity(run: runs.Run) -> Judgement:
-    base = {"criterion": "perplexity", "runs": [run.path]}
-    missing = base | {"command": f"python eval_ppl.py --run={run.path}"}
-    scored = run.perplexity
-    if not scored:
-        return Judgement(**missing)
-    if run.data and scored["data_sha256"] != run.data["files"]["val.bin"]["sha256"]:
-        return Judgement(**missing, remark=f"eval_ppl.json is of other data, {scored['data']}")
-    figure, interval = scored["all"]["perplexity"], scored["all"]["perplexity_95"]
-    remarks = _straddle(interval, MAX_PERPLEXITY)
-    if scored["loss_on"] == "assistant":
-        trained = scored.get("assistant", scored["all"])["perplexity"]
-        remarks.append(
-            f"trained on assistant tokens alone, where it is {trained:,.3f}; no other token was "
-            "ever a target"
-        )
-    return Judgement(
-        **base,
-        verdict=PASS if figure < MAX_PERPLEXITY else FAIL,
-        figure=figure,
-        interval=interval,
-        text=f"{figure:,.3f} ({scored['all']['tokens']:,} tokens)",
-        remark="; ".join(remarks),
-    )
+def judge(recipe: list[Run], events: dict[str, Events]) -> list[Judgement]:
+    """Three criteria on each run of a recipe, and how well its seeds agree."""
+    by_run = {}
+    for run in recipe:
+        by_run[run.path] = [
+            _judge("perplexity", [run], f"python eval_ppl.py --run={run.path}", perplexity, run),
+            _judge("coherence", [run], f"python eval_tasks.py --run={run.path}", coherence, run),
+            _judge("stability", [run], train_command(run), stability, run, events[run.path]),
+        ]
+    last = _judge("reproducibility", recipe, seeds_command(recipe), reproducibility, recipe, by_run)
+    return [*(j for judged in by_run.values() for j in judged), last]
 
 
-def coherence(run: runs.Run) -> Judgement:
-    base = {"criterion": "coherence", "runs": [run.path]}
+def _judge(
+    criterion: str, on: list[Run], command: str, measure: Callable, *arguments: object
+) -> Judgement:
+    base = {"criterion": criterion, "runs": [run.path for run in on]}
+    try:
+        passes, figure, interval, remark = measure(*arguments)
+    except UserError as why:
+        return Judgement(**base, remark=str(why), command=command)
+    except BROKEN as error:
+        remark = f"{FILES[criterion]} lacks what is wanted of it: {error!r}"
+        return Judgement(**base, remark=remark, command=command)
+    found = {"figure": figure, "interval": interval, "remark": remark}
+    return Judgement(**base, verdict=PASS if passes else FAIL, **found)
+
+
+def perplexity(run: Run) -> tuple:
+    """(whether it passes, figure, interval, remark); so do the others."""
+    if not run.perplexity:
+        raise UserError("no eval_ppl.json")
+    if run.data and run.perplexity["data_sha256"] != run.data["files"]["val.bin"]["sha256"]:
+        raise UserError(f"eval_ppl.json is of other data, {run.perplexity['data']}")
+    scored = run.perplexity["all"]
+    remark = f"over {scored['tokens']:,} tokens"
+    if run.perplexity["loss_on"] == "assistant":
+        remark += f"; over assistant tokens, all it trained on, {trained_perplexity(run):,.3f}"
+    figure = scored["perplexity"]
+    return figure < MAX_PERPLEXITY, figure, scored["perplexity_95"], remark
+
+
+def coherence(run: Run) -> tuple:
     sampled = run.tasks.get("generation", {}).get("validation", {}).get("sampled")
     if not sampled or not sampled["coherent"]["n"]:
-        return Judgement(**base, command=f"python eval_tasks.py --run={run.path}")
+        raise UserError("no sampled answers to validation prompts in tasks.json")
     found = sampled["coherent"]
-    return Judgement(
-        **base,
-        verdict=PASS if found["share"] >= MIN_COHERENT else FAIL,
-        figure=found["share"],
-        interval=found["interval"],
-        text=f"{found['share']:.1%} ({found['passed']:,} of {found['n']:,})",
-        remark="; ".join(_straddle(found["interval"], MIN_COHERENT)),
-    )
+    remark = f"{found['passed']:,} of {found['n']:,} answers. {run.tasks['rule']}"
+    return found["share"] >= MIN_COHERENT, found["share"], found["interval"], remark
 
 
-def _straddle(interval: list[float], threshold: float) -> list[str]:
-    low, high = interval
-    if not low <= threshold <= high:
-        return []
-    return ["the interval reaches over the threshold: another sample could turn the verdict"]
+def stability(run: Run, events: Events) -> tuple:
+    n_bad = len({*events.not_finite, *events.spikes})
+    listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in events._asdict().items()]
+    remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
+    steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
+    if not n_bad and (steps != list(range(wanted)) or wanted <= SpikeGuard.WINDOW):
+        wanted = f"all {wanted:,}" if wanted else "all, how many is not known"
+        window = f"more than the {SpikeGuard.WINDOW} of a spike's window"
+        raise UserError(f"{remark}; wanted {wanted}, and {window}")
+    return not n_bad, n_bad, None, remark
 
 
-def stability(run: runs.Run, events: Events) -> Judgement:
-    base = {"criterion": "stability", "runs": [run.path]}
-    if run.train:
-        base["text"] = (
-            f"{len(events.not_finite)} NaN, {len(events.spikes)} spikes, {len(events.rises)} rises"
-        )
-    if events.bad:
-        remark = f"at steps {numbers(events.bad)}"
-        return Judgement(**base, verdict=FAIL, figure=float(len(events.bad)), remark=remark)
-    wanted = run.config.get("max_steps")
-    if not run.train:
-        remark = "no training step in metrics.jsonl"
-    elif wanted is None:
-        remark = "without config.json it is not known whether these are all steps"
-    elif [record["step"] for record in run.train] != list(range(wanted)):
-        remark = f"{len(run.train):,} of {wanted:,} steps are in metrics.jsonl"
-    elif wanted <= SpikeGuard.WINDOW:
-        remark = f"{wanted} steps; the window of a spike alone takes {SpikeGuard.WINDOW}"
-    else:
-        return Judgement(**base, verdict=PASS, figure=0.0)
-    return Judgement(**base, remark=remark, command=train_command(run))
-
-
-def recipe(run: runs.Run) -> str:
-    """What the seeds of one recipe have in common; a run without config.json is its own."""
-    if not run.config:
-        return run.path
-    free = ("seed", "out_dir", "wandb_run_name")
-    settings = {key: value for key, value in run.config["settings"].items() if key not in free}
-    data = [meta["identity"]["data_sha256"] for meta in run.checkpoints.values()][:1]
-    return str((sorted(settings.items()), run.config["dtype"], run.config["max_steps"], data))
-
-
-def reproducibility(seeds: list[runs.Run], judged: dict[str, list[Judgement]]) -> Judgement:
-    """Over the runs of one recipe; `judged` has the other criteria's judgements by run."""
-    base = {"criterion": "reproducibility", "runs": [run.path for run in seeds]}
-    n_seeds = len({run.config["settings"]["seed"] for run in seeds if run.config})
-    if n_seeds < 2:
-        return Judgement(**base, remark="one seed", command=_another_seed(seeds[0]))
+def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> tuple:
+    if len(seeds) < 2:
+        raise UserError("one seed")
     for run in seeds:
-        measured = next(j for j in judged[run.path] if j.criterion == "perplexity")
-        if not run.finished:
-            remark = f"{run.path} is not finished"
-            return Judgement(**base, remark=remark, command=train_command(run))
-        if measured.verdict == NOT_MEASURED:
-            remark = f"{run.path} has no perplexity"
-            return Judgement(**base, remark=remark, command=measured.command)
-    found = [trained_perplexity(run) for run in seeds]
-    spread = (max(found) - min(found)) / fmean(found)
-    differing = [
-        f"the seeds differ in {same[0].criterion}"
-        for same in zip(*(judged[run.path] for run in seeds), strict=True)
-        if len({judgement.verdict for judgement in same}) > 1
-    ]
-    return Judgement(
-        **base,
-        verdict=PASS if spread <= MAX_SPREAD and not differing else FAIL,
-        figure=spread,
-        interval=[min(found), max(found)],
-        text=f"{spread:.2%} over {n_seeds} seeds",
-        remark="; ".join(differing),
-    )
+        if not run.finished or by_run[run.path][0].verdict == NOT_MEASURED:
+            raise UserError(f"first {run.path} must be finished and its perplexity measured")
+    values = [trained_perplexity(run) for run in seeds]
+    spread = (max(values) - min(values)) / fmean(values)
+    agree = len({tuple(judged.verdict for judged in by_run[run.path]) for run in seeds}) == 1
+    remark = f"over {len(seeds)} seeds, perplexity {min(values):,.3f} to {max(values):,.3f}"
+    remark += "" if agree else "; the seeds differ in a verdict"
+    return spread <= MAX_SPREAD and agree, spread, None, remark
 
 
-def trained_perplexity(run: runs.Run) -> float:
+def trained_perplexity(run: Run) -> float:
     """Over the tokens that training had for targets."""
     scored = run.perplexity
     return scored.get(scored["loss_on"], scored["all"])["perplexity"]
 
 
-def _another_seed(run: runs.Run) -> str:
-    seed = run.config["settings"]["seed"] + 1 if run.config else 43
-    path = f"{run.path}-seed{seed}"
-    return (
-        f"{train_command(run)} --seed={seed} --out_dir={path} && python eval_ppl.py --run={path} "
-        f"&& python report.py --run={run.path} --run={path}"
-    )
+def recipes(runs: list[Run]) -> list[list[Run]]:
+    """The runs that differ in seed alone, together. One with the seed of another, or none that is
+    known, is by itself: counted twice, a seed would make the spread look smaller.
+    """
+    groups: dict[str, list[Run]] = {}
+    free = ("seed", "out_dir", "wandb_run_name")
+    for run in runs:
+        fixed = [item for item in sorted(run.settings.items()) if item[0] not in free]
+        data = run.meta.get("identity", {}).get("data_sha256")
+        key = str((fixed, run.config.get("dtype"), run.config.get("max_steps"), data))
+        seeds = [None, *(other.settings["seed"] for other in groups.get(key, ()))]
+        if run.settings.get("seed") in seeds:
+            run.notes.append(f"{run.path}: its seed is unknown or another's: it is in no spread")
+            key = run.path
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
 
 
-def train_command(run: runs.Run) -> str:
+def train_command(run: Run) -> str:
     """How the run was last started; torchrun's own flags are not recorded."""
-    started = run.config.get("starts")
-    if not started:
-        return "python train.py config/NAME.py"
-    n = started[-1]["world_size"]
+    last = [{}, *(run.config.get("starts") or ())][-1]
+    n = last.get("world_size", 1)
     launch = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
-    return f"{launch} {started[-1]['command']}"
+    return f"{launch} {last.get('command', 'train.py config/NAME.py')}"
 
 
-def numbers(steps: list[int], most: int = 20) -> str:
-    """The first of them, and how many more."""
-    more = f" and {len(steps) - most:,} more" if len(steps) > most else ""
-    return ", ".join(map(str, steps[:most])) + more
+def seeds_command(seeds: list[Run]) -> str:
+    """Trains a second seed where there is one, and compares."""
+    paths, train = [run.path for run in seeds], ""
+    if len(seeds) == 1:
+        seed = seeds[0].settings.get("seed", 42) + 1
+        paths.append(f"{paths[0]}-seed{seed}")
+        train = f"{train_command(seeds[0])} --seed={seed} --out_dir={paths[1]} && "
+        train += f"python eval_ppl.py --run={paths[1]} && "
+    return train + "python report.py " + " ".join(f"--run={path}" for path in paths)

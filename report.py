@@ -148,6 +148,19 @@ def made_section(run: runs.Run) -> str:
     return bullets([*lines, *(f"{key}: `{json.dumps(value)}`" for key, value in facts.items())])
 
 
+def tasks_section(run: runs.Run) -> str:
+    """Zero-shot scores beside chance and other models' published figures."""
+    rows = [["task", "metric", "model", "score", "standard error", "source"]]
+    for task, scored in run.tasks["zero_shot"].items():
+        own = [run.path, shown(scored["score"]), shown(scored["stderr"]), f"n = {scored['n']:,}"]
+        rows += [[task, scored["metric"], *own]]
+        rows += [[task, scored["metric"], "chance", shown(scored["chance"]), "-", "-"]]
+        for other in run.tasks.get("published", {}).get(task, ()):
+            theirs = [other["model"], shown(other["score"]), "-", other["source"]]
+            rows += [[task, other.get("metric", "-"), *theirs]]
+    return table(rows) if len(rows) > 1 else ""
+
+
 def samples_section(run: runs.Run, count: int) -> str:
     """The first `count` of the file: of held-out prompts, sampled, where the file has several."""
     chosen = [s for s in run.samples if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
@@ -172,6 +185,8 @@ def compose(loaded: list[runs.Run], events: dict[str, Events], n_samples: int) -
     text, figures = figures_section(recipes)
     parts = ["## Figures", text, "![curves](curves.png)"]
     for run in loaded:
+        if run.tasks and (text := run.attempt("tasks.json", "", tasks_section, run)):
+            parts += [f"## Zero-shot tasks of {run.path}", text]
         if text := run.attempt("config.json", "", made_section, run):
             parts += [f"## How {run.path} was made", text]
         if text := run.attempt(run.samples_file, "", samples_section, run, n_samples):

@@ -466,3 +466,18 @@ def test_the_commit_is_dirty_where_files_differ_and_none_without_git(tmp_path):
 def test_starts_of_a_broken_config_are_forgotten(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert len(provenance.starts(tmp_path / "config.json", first_step=0)) == 1
+
+
+def test_tasks_stand_beside_chance_and_published_figures():
+    scored = {"metric": "acc", "score": 0.42, "stderr": 0.01, "chance": 0.25, "n": 1200}
+    other = {"model": "Pythia-410m", "metric": "acc", "score": 0.401, "source": "their README"}
+    run = runs.Run(path="out/x")
+    run.tasks = {"zero_shot": {"piqa": scored, "mine": scored}, "published": {"piqa": [other]}}
+    lines = [
+        [cell.strip() for cell in line.split("|")] for line in report.tasks_section(run).split("\n")
+    ]
+    assert ["", "piqa", "acc", "out/x", "0.42", "0.01", "n = 1,200", ""] in lines
+    assert ["", "piqa", "acc", "chance", "0.25", "-", "-", ""] in lines
+    assert ["", "piqa", "acc", "Pythia-410m", "0.401", "-", "their README", ""] in lines
+    assert sum("Pythia-410m" in line for line in lines) == 1
+    assert report.tasks_section(runs.Run(path="y", tasks={"zero_shot": {}})) == ""

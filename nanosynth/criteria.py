@@ -32,9 +32,10 @@ THRESHOLDS = {
 }
 FILES = {"perplexity": "eval_ppl.json", "coherence": "tasks.json", "stability": "metrics.jsonl"}
 HOW = {
-    "perplexity": "exp of the mean loss over every token of the validation split, each scored once "
-    "by the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
-    f"{MAX_PERPLEXITY:g} passes. All tokens count, also where training was on answers alone.",
+    "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once by "
+    "the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
+    f"{MAX_PERPLEXITY:g} passes. All tokens count; where training was on the assistant's tokens "
+    "alone, those do, and the verdict says so.",
     "coherence": "share of held-out validation prompts whose sampled answer passes every part of "
     f"the rule of eval_tasks.py; {MIN_COHERENT:.0%} or more passes.",
     "stability": "counted over every step in metrics.jsonl. NaN: a loss that is not finite, or a "
@@ -135,10 +136,14 @@ def perplexity(run: Run) -> tuple:
         raise UserError("no eval_ppl.json")
     if run.data and run.perplexity["data_sha256"] != run.data["files"]["val.bin"]["sha256"]:
         raise UserError(f"eval_ppl.json is of other data, {run.perplexity['data']}")
-    scored = run.perplexity["all"]
-    remark = f"over {scored['tokens']:,} tokens"
+    scored = trained_tokens(run)
+    remark = f"over {scored['tokens']:,} tokens, {scored['bits_per_byte']:.4f} bits a byte"
     if run.perplexity["loss_on"] == "assistant":
-        remark += f"; over assistant tokens, all it trained on, {trained_perplexity(run):,.3f}"
+        every = run.perplexity["all"]
+        remark = f"trained on the assistant's tokens alone: {remark}; over all {every['tokens']:,} "
+        remark += f"tokens {every['perplexity']:,.3f}"
+    elif answers := run.perplexity.get("assistant"):
+        remark += f"; over the assistant's alone {answers['perplexity']:,.3f}"
     figure = scored["perplexity"]
     return figure < MAX_PERPLEXITY, figure, scored["perplexity_95"], remark
 
@@ -170,7 +175,7 @@ def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> tup
     for run in seeds:
         if not run.finished or by_run[run.path][0].verdict == NOT_MEASURED:
             raise UserError(f"first {run.path} must be finished and its perplexity measured")
-    values = [trained_perplexity(run) for run in seeds]
+    values = [trained_tokens(run)["perplexity"] for run in seeds]
     spread = (max(values) - min(values)) / fmean(values)
     agree = len({tuple(judged.verdict for judged in by_run[run.path]) for run in seeds}) == 1
     remark = f"over {len(seeds)} seeds, perplexity {min(values):,.3f} to {max(values):,.3f}"
@@ -178,10 +183,10 @@ def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> tup
     return spread <= MAX_SPREAD and agree, spread, None, remark
 
 
-def trained_perplexity(run: Run) -> float:
-    """Over the tokens that training had for targets."""
+def trained_tokens(run: Run) -> dict:
+    """eval_ppl.json's figures over the tokens that training had for targets."""
     scored = run.perplexity
-    return scored.get(scored["loss_on"], scored["all"])["perplexity"]
+    return scored.get(scored["loss_on"], scored["all"])
 
 
 def recipes(runs: list[Run]) -> list[list[Run]]:

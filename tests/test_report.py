@@ -197,9 +197,13 @@ def test_a_perplexity_of_other_data_does_not_count():
 
 
 def test_training_on_answers_alone_is_said():
-    answers = {"assistant": perplexity_of(2.5)["all"], "loss_on": "assistant"}
+    answers = {"assistant": perplexity_of(2.5)["all"]}
+    found = perplexity_of(900.0, **answers, loss_on="assistant")
+    judged = judge(runs.Run(path="x", perplexity=found))["perplexity"]
+    assert judged.verdict == PASS and judged.figure == 2.5
+    assert "assistant's tokens alone" in judged.remark and "tokens 900.000" in judged.remark
     judged = judge(runs.Run(path="x", perplexity=perplexity_of(900.0, **answers)))["perplexity"]
-    assert judged.verdict == FAIL and "all it trained on, 2.500" in judged.remark
+    assert judged.verdict == FAIL and "over the assistant's alone 2.500" in judged.remark
 
 
 # Seeds and recipes

@@ -32,8 +32,8 @@ THRESHOLDS = {
 }
 FILES = {"perplexity": "eval_ppl.json", "coherence": "tasks.json", "stability": "metrics.jsonl"}
 HOW = {
-    "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once by "
-    "the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
+    "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once "
+    "by the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
     f"{MAX_PERPLEXITY:g} passes. All tokens count; where training was on the assistant's tokens "
     "alone, those do, and the verdict says so.",
     "coherence": "share of held-out validation prompts whose sampled answer passes every part of "

@@ -470,7 +470,15 @@ def main(config: TrainConfig, origins: dict[str, str]) -> None:
     )
     max_steps = count_steps(config, order)
     with distributed.start(config.device, config.hang_seconds) as world:
-        run(config, origins, world, splits, order, max_steps)
+        try:
+            run(config, origins, world, splits, order, max_steps)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+            raise UserError(
+                f"{reason} at micro_batch_size={config.micro_batch_size}; halve it and double "
+                f"--gradient_accumulation_steps ({config.gradient_accumulation_steps}): the steps "
+                "stay the same; or use --gradient_checkpointing=True"
+            ) from error
 
 
 def run(

@@ -374,3 +374,13 @@ def test_a_run_whose_last_save_fails_says_so_and_fails(bins, tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "save", full_disk)
     with pytest.raises(UserError, match="step 6 is not saved"):
         train_run(bins, tmp_path / "run")
+
+
+def test_out_of_memory_names_the_flags(bins, tmp_path, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.21 GiB. GPU 0 has")
+
+    monkeypatch.setattr(train, "run", too_large)
+    wanted = r"^CUDA out of memory at micro_batch_size=2; halve it and double --gradient_acc"
+    with pytest.raises(UserError, match=wanted):
+        train_run(bins, tmp_path / "run")

@@ -26,7 +26,7 @@ from benchmarks.alternate import Contender
 from benchmarks.compare_sampling import SHAPE, as_transformers, gpt_config
 from model import GPT
 from nanosynth import dataset, distributed, settings
-from nanosynth.device import choose_device, choose_dtype
+from nanosynth.device import choose_device, choose_dtype, speed_up_inference
 from nanosynth.settings import setting
 
 
@@ -57,6 +57,7 @@ def ours(config: EvaluationConfig, ids: np.ndarray) -> Callable[[], float]:
     model = GPT(gpt_config(config))
     model.load_state_dict(torch.load(config.weights))
     model.to(device).eval()
+    speed_up_inference(model, choose_dtype(config.dtype, device))
 
     def score() -> float:
         losses = eval_ppl.score(

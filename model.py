@@ -38,7 +38,9 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, max_tokens: int, like: Tensor):
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, max_tokens, config.n_head, head_size)
-        self.keys = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        # On a CPU, bfloat16 attention of single queries takes several times as long as float32's.
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
         self.end = 0  # the longest row's length, on the host
@@ -55,11 +57,12 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v at the placed positions, then attend with q; all (B, H, T, D)."""
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        self.keys[layer, rows, self._positions] = k.transpose(1, 2)
-        self.values[layer, rows, self._positions] = v.transpose(1, 2)
+        self.keys[layer, rows, self._positions] = k.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer, rows, self._positions] = v.transpose(1, 2).to(self.keys.dtype)
         keys = self.keys[layer, :, : self._end].transpose(1, 2)  # (B, H, S, D)
         values = self.values[layer, :, : self._end].transpose(1, 2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self._mask)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self._mask)
+        return y.to(q.dtype)
 
     def advance(self, n_tokens: Tensor) -> None:
         """Count `n_tokens` (B,) of the placed chunk as seen: the rest of it was padding."""

@@ -108,7 +108,8 @@ def _parts(name: str, revision: str) -> list[Part]:
         return [_file(path, path.name)]
     if path.is_dir():
         return _folder(path)
-    if is_readable(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    is_local = is_readable(path) or path.parent.is_dir()  # a mistyped name beside other files
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         wanted = f"'sample', {_file_kinds()}, a folder or a hub id such as {OPENHERMES}"
         raise UserError(f"no source {name!r}; wanted {wanted}")
     return [_hub(name, revision)]

@@ -399,3 +399,10 @@ def test_openhermes_from_the_cache_of_the_hub_client(hub_cache):
 def test_no_network_says_how_to_bring_the_file(hub_cache, name, place):
     with pytest.raises(UserError, match=f"(?s)cannot get {name} from the hub: .*{place}"):
         sources.open_sources([name])
+
+
+def test_a_mistyped_file_beside_others_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no source 'data/foo\.jsnl'; wanted 'sample'"):
+        sources.open_sources(["data/foo.jsnl"])

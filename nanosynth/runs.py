@@ -180,9 +180,15 @@ def figures(run: Run) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+# What tells how a figure was measured, or stands elsewhere in the report.
+NO_FIGURES = "n left_out distinct_counts compression_bytes limit metrics stderr chance".split()
+
+
 def leaves(tree: dict, *path: str) -> Iterator[tuple[str, float]]:
     """(name, figure) of each figure in a tree; of a share the share alone."""
     for key, value in tree.items():
+        if key in NO_FIGURES:
+            continue
         if isinstance(value, dict) and "share" in value:
             value = value["share"]
         if isinstance(value, dict):

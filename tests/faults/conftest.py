@@ -18,7 +18,7 @@ TRIALS = {
     "10 SIGKILLs in a row, resumed": (1, 50),
     "power cut within a save: states replayed": (300, 3000),
     "one bit flipped": (300, 10_000),
-    "SIGTERM, SIGINT or SIGUSR1 to a rank or to torchrun": (2, 50),
+    "SIGTERM, SIGINT or SIGUSR1 to a rank or to torchrun": (1, 50),
     "SIGKILL of one rank under torchrun --max-restarts": (1, 40),
     "SIGKILL of torchrun": (1, 5),
     "two ranks, no fault: exit 0": (5, 200),

@@ -31,7 +31,7 @@ class TasksConfig:
     data_dir: str = setting("", "prepared bins; empty: those the run was trained on")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", "of weights and cache; auto: float16 on CUDA, else float32 (fewer ties)"
+        "auto", "of the weights; auto: float16 on CUDA, else float32 (fewer ties)"
     )
     generation: bool = setting(True, "measure generated answers")
     num_prompts: int = setting(200, "validation prompts, one of a conversation; 0: all")

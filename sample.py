@@ -26,7 +26,7 @@ class SampleConfig:
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", "of weights and cache; auto: float16 on CUDA, bfloat16 on a CPU that has it"
+        "auto", "of the weights; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
     prompt: str = setting("", "one prompt; its answer goes to the terminal")
     system: str = setting("", "a system turn before the prompt")

@@ -1,6 +1,6 @@
 """prepare.py on a file of OpenHermes-2.5's size and schema: memory, speed, and every row accounted.
 
-Usage: python benchmarks/prepare_full_size.py --conversations=FILE.json --folder=DIR
+Usage: python -m benchmarks.prepare_full_size --conversations=FILE.json --folder=DIR
 Writes the file (1.9 GB) and the bins (2 GB, and as much again for a while) into DIR, from text of
 the real conversations in FILE.json, an array in OpenHermes' schema. Prints a table for RESULTS.md.
 """
@@ -16,13 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import prepare_speed
+from nanosynth import UserError, settings
+from nanosynth.settings import setting
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import prepare_speed  # noqa: E402
-
-from nanosynth import UserError, settings  # noqa: E402
-from nanosynth.settings import setting  # noqa: E402
 
 REAL_ROWS, REAL_BYTES = 1_001_551, 1_936_276_651
 TEXT_BYTES = 1360  # of a row before the additions below: makes a file of the real size

@@ -1,6 +1,6 @@
 """Tokens/s of prepare.py, the whole command, beside raw tiktoken on the same texts, in alternation.
 
-Usage: python benchmarks/prepare_speed.py --file=FILE.json
+Usage: python -m benchmarks.prepare_speed --file=FILE.json
 FILE is what prepare.py reads, best of 100,000 rows or more: the command's start counts.
 Ratios are paired; their median is the result. Raw is encode_ordinary_batch on all cores, its calls
 alone; 'loop' is one encode_ordinary after the other, on one core.
@@ -16,11 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from nanosynth import UserError, settings
+from nanosynth.settings import setting
 
-from nanosynth import UserError, settings  # noqa: E402
-from nanosynth.settings import setting  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 RAW = """
 import os, sys, time

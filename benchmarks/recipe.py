@@ -1,8 +1,9 @@
 """Recipes side by side: the validation loss that equal tokens buy, over three seeds.
 
 AdamW and Muon are tuned alike: every learning rate of LEARNING_RATES at the first seed; the best is
-then run at all seeds, by their variants too. Runs are those of train.py; a finished one is kept, so
-the command may be cut short and given again. Writes OUT_DIR/SIZE.md and SIZE.png.
+then run at all seeds, by their variants too. Runs are those of train.py, compiled, so that a C++
+compiler is needed on a CPU; a finished one is kept, so the command may be cut short and given
+again. Writes OUT_DIR/SIZE.md and SIZE.png.
 
 Usage:
     python prepare.py --source=conversations.json --data_dir=data/mine
@@ -18,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nanosynth import UserError, settings
 from nanosynth.settings import setting
@@ -29,15 +30,17 @@ SIZES = {
     "m": {"n_layer": 4, "n_head": 3, "n_embd": 96},
     "l": {"n_layer": 6, "n_head": 4, "n_embd": 128},
 }
+LAST = 5  # checkpoints whose weights are averaged: those of the last fifth of a run
 BASE = {
     "block_size": 256,
-    "micro_batch_size": 8,
-    "gradient_accumulation_steps": 2,
+    "micro_batch_size": TOKENS_PER_STEP // 256,
+    "gradient_accumulation_steps": 1,
     "max_steps": STEPS,
     "warmup_steps": STEPS // 10,
     "eval_rows": 64,
     "log_interval": 50,
-    "keep_last": 2,
+    "keep_last": LAST,
+    "compile": True,
 }
 LEARNING_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
@@ -57,7 +60,7 @@ RECIPES = {
     "muon, half the warmup": {**MUON, "warmup_steps": STEPS // 20},
     "muon, half the batch": {
         **MUON,
-        "gradient_accumulation_steps": 1,
+        "micro_batch_size": BASE["micro_batch_size"] // 2,
         "max_steps": 2 * STEPS,
         "warmup_steps": STEPS // 5,
     },
@@ -93,10 +96,19 @@ if __name__ == "__main__":
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
+
+from model import GPT, GPTConfig
+from nanosynth import checkpoint, dataset
 
 
-def curve(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> dict[int, float]:
-    """tokens -> validation loss of one run, which is made where it is not there yet."""
+class Run(NamedTuple):
+    losses: dict[int, float]  # tokens -> validation loss
+    loss_of_mean: float  # of the mean of the last LAST checkpoints' weights
+
+
+def run(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> Run:
+    """One run of train.py, which is made where it is not there yet."""
     flags = {
         "min_learning_rate": MIN_LEARNING_RATE_SHARE * learning_rate,
         **BASE,
@@ -106,11 +118,12 @@ def curve(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> d
         "seed": seed,
         "data_dir": config.data_dir,
     }
-    flags["eval_interval"] = flags["max_steps"] // 25
+    flags["eval_interval"] = flags["max_steps"] // 12
+    flags["save_interval"] = flags["max_steps"] // 25
     slug = name.replace(", ", "-").replace(" ", "_").replace("%", "")
     run_dir = Path(config.out_dir) / config.size / f"{slug}-{learning_rate:g}-{seed}"
-    losses = read_losses(run_dir)
-    if flags["max_steps"] not in losses:
+    mean_file = run_dir / "loss_of_mean"
+    if not mean_file.exists():
         threads = max(1, (os.cpu_count() or 1) // config.jobs)
         subprocess.run(
             [sys.executable, "train.py", f"--out_dir={run_dir}"]
@@ -119,22 +132,37 @@ def curve(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> d
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        losses = read_losses(run_dir)
+        mean_file.write_text(str(loss_of_mean(config, run_dir)))
         for step_dir in run_dir.glob("step_*"):
             shutil.rmtree(step_dir)
-        print(
-            f"{config.size} {name}, {learning_rate:g}, seed {seed}: {final(losses):.4f}", flush=True
-        )
-    tokens_per_step = TOKENS_PER_STEP * flags["gradient_accumulation_steps"] // 2
-    return {step * tokens_per_step: loss for step, loss in losses.items()}
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    tokens_per_step = flags["micro_batch_size"] * flags["block_size"]
+    losses = {r["step"] * tokens_per_step: r["loss"] for r in records if r["split"] == "val"}
+    print(
+        f"{config.size} {name}, {learning_rate:g}, seed {seed}: {final(losses):.4f}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return Run(losses, float(mean_file.read_text()))
 
 
-def read_losses(run_dir: Path) -> dict[int, float]:
-    """step -> validation loss."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = (json.loads(line) for line in lines)
-    return {r["step"]: r["loss"] for r in records if r["split"] == "val"}
+@torch.no_grad()
+def loss_of_mean(config: RecipeConfig, run_dir: Path) -> float:
+    """Validation loss of the mean of the weights in a run's last checkpoints."""
+    mean: dict[str, torch.Tensor] = {}
+    for step in sorted(checkpoint.steps(run_dir))[-LAST:]:
+        step_dir = checkpoint.folder(run_dir, step)
+        meta = checkpoint.verify(step_dir)
+        for key, tensor in checkpoint.read_model(step_dir, meta).items():
+            mean[key] = mean.get(key, 0.0) + tensor / LAST
+    model = GPT(GPTConfig(**meta["identity"]["model"])).eval()
+    model.load_state_dict(mean)
+    split, block_size = dataset.Split(config.data_dir, "val"), BASE["block_size"]
+    losses = []
+    for row in range(BASE["eval_rows"]):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(*dataset.read_batch(split, [row], block_size, "all")))
+    return torch.cat(losses).double().mean().item()
 
 
 def final(losses: dict[int, float]) -> float:
@@ -158,25 +186,30 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def tune(config: RecipeConfig, pool: ThreadPoolExecutor, name: str) -> dict[float, float]:
     """learning rate -> final loss at the first seed."""
-    curves = pool.map(lambda rate: curve(config, name, rate, SEEDS[0]), LEARNING_RATES)
-    return dict(zip(LEARNING_RATES, map(final, curves), strict=True))
+    runs = pool.map(lambda rate: run(config, name, rate, SEEDS[0]), LEARNING_RATES)
+    return {rate: final(made.losses) for rate, made in zip(LEARNING_RATES, runs, strict=True)}
 
 
-def table(config: RecipeConfig, curves: dict, tried: dict, rates: dict) -> str:
+def table(runs: dict[str, list[Run]], tried: dict, rates: dict) -> str:
     """The comparison in Markdown; every recipe that was run stands in it."""
-    target, _ = interval([final(run) for run in curves["adamw"]])
+    target, _ = interval([final(made.losses) for made in runs["adamw"]])
     budget = STEPS * TOKENS_PER_STEP
     lines = [
-        "| recipe | learning rate | final validation loss | share of the tokens to adamw's end |",
-        "|---|---|---|---|",
+        "| recipe | learning rate | final validation loss | of the last weights' mean"
+        " | share of the tokens to adamw's end |",
+        "|---|---|---|---|---|",
     ]
-    for name, runs in curves.items():
-        mean, half = interval([final(run) for run in runs])
-        reached = [tokens_to_reach(run, target) for run in runs]
+    for name, made in runs.items():
+        loss, half = interval([final(one.losses) for one in made])
+        mean_loss, mean_half = interval([one.loss_of_mean for one in made])
+        reached = [tokens_to_reach(one.losses, target) for one in made]
         share = "not reached by every seed"
         if None not in reached:
             share = "{:.0%} ± {:.0%}".format(*interval([tokens / budget for tokens in reached]))
-        lines.append(f"| {name} | {rates[name]:g} | {mean:.3f} ± {half:.3f} | {share} |")
+        lines.append(
+            f"| {name} | {rates[name]:g} | {loss:.3f} ± {half:.3f}"
+            f" | {mean_loss:.3f} ± {mean_half:.3f} | {share} |"
+        )
     lines += ["", "Tried at the first seed, final validation loss:", ""]
     for name, losses in tried.items():
         found = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
@@ -184,20 +217,17 @@ def table(config: RecipeConfig, curves: dict, tried: dict, rates: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(config: RecipeConfig, curves: dict, path: Path) -> None:
+def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for name, runs in curves.items():
-        points = sorted(set.intersection(*(set(run) for run in runs)))
-        means = [statistics.mean(run[tokens] for run in runs) for tokens in points]
-        (line,) = axes.plot([tokens / 1e6 for tokens in points], means, label=name)
-        for run in runs:
-            axes.plot(
-                [t / 1e6 for t in points],
-                [run[t] for t in points],
-                color=line.get_color(),
-                alpha=0.2,
-            )
-    target = statistics.mean(final(run) for run in curves["adamw"])
+    for name, made in runs.items():
+        curves = [one.losses for one in made]
+        points = sorted(set.intersection(*map(set, curves)))
+        millions = [tokens / 1e6 for tokens in points]
+        means = [statistics.mean(curve[tokens] for curve in curves) for tokens in points]
+        (line,) = axes.plot(millions, means, label=name)
+        for curve in curves:
+            axes.plot(millions, [curve[t] for t in points], color=line.get_color(), alpha=0.2)
+    target = statistics.mean(final(made.losses) for made in runs["adamw"])
     axes.axhline(target, color="grey", linestyle=":", label="adamw's end")
     shape = SIZES[config.size]
     axes.set_title(f"{shape['n_layer']} layers x {shape['n_embd']} channels, {len(SEEDS)} seeds")
@@ -215,13 +245,11 @@ def main(config: RecipeConfig, origins: dict[str, str]) -> None:
         best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
         rates = {name: best[RECIPES[name].get("optimizer", "adamw")] for name in names}
         jobs = [(name, seed) for name in names for seed in SEEDS]
-        runs = pool.map(lambda job: curve(config, job[0], rates[job[0]], job[1]), jobs)
-        curves: dict[str, list] = {name: [] for name in names}
-        for (name, _), run in zip(jobs, runs, strict=True):
-            curves[name].append(run)
-    text = table(config, curves, tried, rates)
+        made = list(pool.map(lambda job: run(config, job[0], rates[job[0]], job[1]), jobs))
+    runs = {name: made[i * len(SEEDS) :][: len(SEEDS)] for i, name in enumerate(names)}
+    text = table(runs, tried, rates)
     Path(config.out_dir, f"{config.size}.md").write_text(text + "\n")
-    draw(config, curves, Path(config.out_dir, f"{config.size}.png"))
+    draw(config, runs, Path(config.out_dir, f"{config.size}.png"))
     print(text)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanosynth import UserError
-from nanosynth.files import HashedFile, sync_folder, write_atomically
+from nanosynth.files import HashedFile, sync, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
@@ -57,7 +57,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(run_dir)
+    sync(run_dir)
     return target
 
 
@@ -83,7 +83,7 @@ def _write(temporary: Path, step: int, model: dict, train_state: dict, meta: dic
     meta["files"] = files
     with HashedFile(temporary / META) as file:
         file.write(_serialise(meta))
-    sync_folder(temporary)
+    sync(temporary)
 
 
 def _serialise(meta: dict) -> bytes:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanosynth import UserError
 from nanosynth.chat import END_OF_TEXT, VOCAB_SIZE
-from nanosynth.files import HashedFile, sync_folder, write_atomically
+from nanosynth.files import HashedFile, sync, write_atomically
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -99,10 +99,10 @@ class BinWriter:
         }
         for name in ("meta.json", *EXTRAS):
             (self.data_dir / name).unlink(missing_ok=True)
-        sync_folder(self.data_dir)
+        sync(self.data_dir)
         for name in (*self._files, *extras):
             os.replace(self.partial / name, self.data_dir / name)
-        sync_folder(self.data_dir)
+        sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
 
     def discard(self) -> None:

@@ -51,16 +51,13 @@ def write_atomically(path: Path, content: str) -> None:
     with HashedFile(temporary) as file:
         file.write(content.encode())
     os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: a rename survives a power cut only after this."""
-    sync(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Make a file's content, or the names in a folder, durable: a rename survives a power cut only
+    after this.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,4 +85,4 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)

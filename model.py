@@ -43,14 +43,21 @@ class KVCache:
         self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
-        self.end = 0  # the longest row's length, on the host
+        self.end = 0  # tokens placed, on the host: no row is longer
+        self.is_fixed = False
+
+    def fix(self) -> None:
+        """Attend over the whole capacity from now on, so that every step has the same shapes."""
+        self.is_fixed = True
 
     def place(self, n_tokens: int) -> Tensor:
         """Positions (B, T) of the next chunk of `n_tokens`, which must fit."""
-        assert self.end + n_tokens <= self.keys.shape[2], "the cache is full"
+        self.end += n_tokens
+        capacity = self.keys.shape[2]
+        assert self.end <= capacity, "the cache is full"
         self._positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
-        self._end = self.end + n_tokens
-        keys = torch.arange(self._end, device=self.lengths.device)
+        self._n_keys = capacity if self.is_fixed else self.end
+        keys = torch.arange(self._n_keys, device=self.lengths.device)
         self._mask = (keys <= self._positions[:, :, None])[:, None]  # (B, 1, T, S)
         return self._positions
 
@@ -59,15 +66,14 @@ class KVCache:
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
         self.keys[layer, rows, self._positions] = k.transpose(1, 2).to(self.keys.dtype)
         self.values[layer, rows, self._positions] = v.transpose(1, 2).to(self.keys.dtype)
-        keys = self.keys[layer, :, : self._end].transpose(1, 2)  # (B, H, S, D)
-        values = self.values[layer, :, : self._end].transpose(1, 2)
+        keys = self.keys[layer, :, : self._n_keys].transpose(1, 2)  # (B, H, S, D)
+        values = self.values[layer, :, : self._n_keys].transpose(1, 2)
         y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self._mask)
         return y.to(q.dtype)
 
     def advance(self, n_tokens: Tensor) -> None:
         """Count `n_tokens` (B,) of the placed chunk as seen: the rest of it was padding."""
         self.lengths += n_tokens
-        self.end = int(self.lengths.max())
 
 
 class Attention(nn.Module):

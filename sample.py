@@ -28,6 +28,9 @@ class SampleConfig:
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "of the weights; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
+    cuda_graph: bool = setting(
+        False, "launch a token's kernels as one on a GPU, which otherwise waits for each"
+    )
     prompt: str = setting("", "one prompt; its answer goes to the terminal")
     system: str = setting("", "a system turn before the prompt")
     template: bool = setting(True, "the prompt is a user's turn; False: plain text to continue")
@@ -66,9 +69,11 @@ from nanosynth.files import write_atomically
 
 
 def load_model(config: SampleConfig) -> GPT:
+    device = choose_device(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(f"--cuda_graph=True needs a GPU, and the device is {device}")
     path = checkpoint.find(config.run, config.step)
     meta = checkpoint.read_meta(path)
-    device = choose_device(config.device)
     model = GPT(GPTConfig(**meta["identity"]["model"]))
     model.load_state_dict(checkpoint.read_model(path, meta))
     dtype = choose_dtype(config.dtype, device)
@@ -85,6 +90,7 @@ def sampling(config: SampleConfig) -> dict:
         "temperature": config.temperature,
         "top_k": config.top_k,
         "top_p": config.top_p,
+        "cuda_graph": config.cuda_graph,
     }
 
 

@@ -64,6 +64,7 @@ def ours(config: SamplingConfig) -> Callable[[int], int]:
     model.to(device, dtype).eval()
     speed_up_inference(model, dtype)
     sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": 1.0, "seed": 0}
+    sampling["cuda_graph"] = device.type == "cuda"
     numbers = list(range(config.batch_size))
 
     def generate(n_tokens: int) -> int:

@@ -3,7 +3,8 @@
 Knows the model by its forward, `new_cache` and configuration alone.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -67,13 +68,13 @@ def stream(
     temperature: float,
     top_k: int,
     top_p: float,
+    cuda_graph: bool = False,
 ) -> Iterator[list[int | None]]:
     """Step by step, the next id of each prompt's continuation; None once a stop id has been given.
 
     Row b is answer numbers[b] of the seed: it draws from a stream of its own, whatever stands
-    beside it. A prompt may have `room` tokens.
+    beside it. A prompt may have `room` tokens. `cuda_graph`: see `_capture`.
     """
-    streams = [np.random.default_rng([seed, number]) for number in numbers]
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
@@ -83,17 +84,54 @@ def stream(
     last = torch.arange(len(prompts)) * longest + lengths - 1
     logits = model(torch.tensor(padded).to(device), logit_index=last.to(device), cache=cache)
     cache.advance(lengths.to(device))
+    draws = [np.random.default_rng([seed, number]).random(max_new_tokens) for number in numbers]
+    uniforms = torch.tensor(np.stack(draws, axis=1)).to(device)  # (max_new_tokens, B)
+    step = _capture(model, cache) if cuda_graph else functools.partial(_step, model, cache)
     finished = [False] * len(prompts)
     for n_new in range(1, max_new_tokens + 1):
-        uniforms = torch.tensor([generator.random() for generator in streams], device=device)
-        next_ids = pick(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+        next_ids = pick(
+            logits, uniforms[n_new - 1], temperature=temperature, top_k=top_k, top_p=top_p
+        )
         values = next_ids.tolist()
         yield [None if done else id for id, done in zip(values, finished, strict=True)]
         finished = [done or id in chat.STOP_IDS for id, done in zip(values, finished, strict=True)]
         if all(finished) or n_new == max_new_tokens:
             return
-        logits = model(next_ids[:, None], cache=cache)
-        cache.advance(torch.ones_like(next_ids))
+        logits = step(next_ids)
+
+
+def _step(model: nn.Module, cache: object, ids: Tensor) -> Tensor:
+    """Logits (B, V) behind one more token of each row, ids (B,)."""
+    logits = model(ids[:, None], cache=cache)
+    cache.advance(torch.ones_like(ids))
+    return logits
+
+
+def _capture(model: nn.Module, cache: object) -> Callable[[Tensor], Tensor]:
+    """`_step` as one CUDA graph: a token's hundreds of small kernels are launched at once.
+
+    The shapes must stay, so it attends over the whole cache. The logits are overwritten by the
+    next call.
+    """
+    cache.fix()
+    ids = torch.zeros_like(cache.lengths)
+    lengths, end = cache.lengths.clone(), cache.end
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
+        _step(model, cache, ids)
+        cache.lengths.copy_(lengths)
+    torch.cuda.current_stream().wait_stream(side)
+    cache.end = end
+    with torch.cuda.graph(graph):
+        logits = _step(model, cache, ids)
+
+    def replay(next_ids: Tensor) -> Tensor:
+        ids.copy_(next_ids)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def generate(

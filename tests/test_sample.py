@@ -56,6 +56,17 @@ def test_greedy_with_cache_equals_greedy_without():
         assert len(set(found)) > 2  # not one token again and again
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_gives_the_same_tokens():
+    model = model_of_chat().cuda()
+    assert generate(model, PROMPTS, cuda_graph=True) == generate(model, PROMPTS)
+
+
+def test_a_cuda_graph_needs_a_gpu():
+    with pytest.raises(UserError, match="cuda_graph=True needs a GPU, and the device is cpu"):
+        sample.load_model(config_of(cuda_graph=True, device="cpu"))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.2])  # at 1 the model is so flat that rounding tells
 def test_a_batch_equals_one_by_one(temperature):
     model = model_of_chat()

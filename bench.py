@@ -188,13 +188,9 @@ def throughput(
 def measure(config: BenchConfig, world: distributed.World) -> dict:
     """All figures. Call on every rank."""
     split = dataset.Split(config.data_dir, "train")
-    order = dataset.RowOrder(
-        n_rows=split.n_rows(config.block_size),
-        micro_batch_size=config.micro_batch_size,
-        micro_batches_per_step=config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
+    config = train.fit_micro_batch(config, world)
     train.check_divides(config, world.size)
+    order = train.row_order(config, split)
     training = train.build(config, world, split)
     subject = Subject(config, world, training, split, order)
     is_compiled = training.raw_model._compiled_call_impl is not None

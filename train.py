@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,13 +18,12 @@ from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
 AT_LEAST_ONE = (
-    *("n_layer", "n_head", "n_embd", "block_size", "micro_batch_size"),
-    *("gradient_accumulation_steps", "eval_interval", "save_interval", "log_interval"),
-    "max_skipped_steps",
+    *("n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps"),
+    *("eval_interval", "save_interval", "log_interval", "max_skipped_steps"),
 )
 AT_LEAST_ZERO = (
     *("seed", "max_steps", "warmup_steps", "weight_decay", "min_learning_rate", "grad_clip"),
-    *("spike_sigmas", "eval_rows"),
+    *("spike_sigmas", "eval_rows", "rows_per_step"),
 )
 
 
@@ -47,8 +46,11 @@ class TrainConfig:
     dropout: float = setting(0.0, "0 for a single epoch; 0.1 or so for several")
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
-    micro_batch_size: int = setting(4, "rows a GPU takes at once; lower it when memory runs out")
+    micro_batch_size: int | Literal["auto"] = setting(
+        4, "rows a GPU takes at once; auto: as many as fit, for steps of rows_per_step"
+    )
     gradient_accumulation_steps: int = setting(8, "micro-batches a step, counted over all GPUs")
+    rows_per_step: int = setting(0, "rows of a step over all GPUs, where micro_batch_size is auto")
     max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes")
     epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0")
 
@@ -97,6 +99,12 @@ class TrainConfig:
         """Ranges, and rules between fields; each error names the flag that mends it."""
         for name in AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "1 or more")
+        if self.micro_batch_size == "auto":
+            self._check(
+                "rows_per_step", self.rows_per_step >= 1, "1 or more with --micro_batch_size=auto"
+            )
+        else:
+            self._check("micro_batch_size", self.micro_batch_size >= 1, "1 or more, or auto")
         for name in AT_LEAST_ZERO:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("dropout", "beta1", "beta2"):
@@ -127,7 +135,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, distributed, metrics, optim, provenance
+from nanosynth import checkpoint, dataset, distributed, metrics, micro_batch, optim, provenance
 from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory
 from nanosynth.files import write_atomically
 
@@ -143,6 +151,39 @@ def model_config(config: TrainConfig) -> GPTConfig:
         vocab_size=chat.VOCAB_SIZE,
         dropout=config.dropout,
         bias=config.bias,
+    )
+
+
+def fit_micro_batch(config: TrainConfig, world: distributed.World) -> TrainConfig:
+    """`config` with micro_batch_size=auto as a number, and said. Call on every rank."""
+    if config.micro_batch_size != "auto":
+        return config
+
+    def build() -> GPT:
+        with world.device:
+            model = GPT(model_config(config))
+        model.gradient_checkpointing = config.gradient_checkpointing
+        return model
+
+    size = micro_batch.largest(
+        build,
+        rows_per_step=config.rows_per_step,
+        block_size=config.block_size,
+        dtype=choose_dtype(config.dtype, world.device),
+        world=world,
+    )
+    n_steps = config.rows_per_step // size
+    if world.is_main:
+        print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
+    return replace(config, micro_batch_size=size, gradient_accumulation_steps=n_steps)
+
+
+def row_order(config: TrainConfig, split: dataset.Split) -> dataset.RowOrder:
+    return dataset.RowOrder(
+        n_rows=split.n_rows(config.block_size),
+        micro_batch_size=config.micro_batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        seed=config.seed,
     )
 
 
@@ -462,16 +503,10 @@ def open_log(
 
 def main(config: TrainConfig, origins: dict[str, str]) -> None:
     splits = open_splits(config)
-    order = dataset.RowOrder(
-        n_rows=splits[0].n_rows(config.block_size),
-        micro_batch_size=config.micro_batch_size,
-        micro_batches_per_step=config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
-    max_steps = count_steps(config, order)
     with distributed.start(config.device, config.hang_seconds) as world:
+        config = fit_micro_batch(config, world)
         try:
-            run(config, origins, world, splits, order, max_steps)
+            run(config, origins, world, splits)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
             raise UserError(
@@ -486,13 +521,13 @@ def run(
     origins: dict[str, str],
     world: distributed.World,
     splits: tuple[dataset.Split, dataset.Split],
-    order: dataset.RowOrder,
-    max_steps: int,
 ) -> None:
     """Build, train, close. Its own function, so that DDP is gone before the process group: the last
     reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
     """
     check_divides(config, world.size)
+    order = row_order(config, splits[0])
+    max_steps = count_steps(config, order)
     stop = distributed.StopSignal()
     training = build(config, world, splits[0])
     log = open_log(config, origins, world, training, max_steps)

@@ -1,9 +1,9 @@
 """Recipes side by side: the validation loss that equal tokens buy, over three seeds.
 
-AdamW and Muon are tuned alike: every learning rate of LEARNING_RATES at the first seed; the best is
-then run at all seeds, by their variants too. Runs are those of train.py, compiled, so that a C++
-compiler is needed on a CPU; a finished one is kept, so the command may be cut short and given
-again. Writes OUT_DIR/SIZE.md and SIZE.png.
+AdamW and Muon are tuned alike, at the first seed: learning rates a factor of two apart, until the
+best has a worse one on either side. It is then run at all seeds, by their variants too. Runs are
+those of train.py, compiled, so that a C++ compiler is needed on a CPU; a finished one is kept, so
+the command may be cut short and given again. Writes OUT_DIR/SIZE.md and SIZE.png.
 
 Usage:
     python prepare.py --source=conversations.json --data_dir=data/mine
@@ -42,7 +42,7 @@ BASE = {
     "keep_last": LAST,
     "compile": True,
 }
-LEARNING_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+FIRST_LEARNING_RATE = 1.2e-2
 MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
 SEEDS = (42, 43, 44)
 MUON, LINEAR_TO_ZERO = {"optimizer": "muon"}, {"decay": "linear", "min_learning_rate": 0.0}
@@ -184,10 +184,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
-def tune(config: RecipeConfig, pool: ThreadPoolExecutor, name: str) -> dict[float, float]:
-    """learning rate -> final loss at the first seed."""
-    runs = pool.map(lambda rate: run(config, name, rate, SEEDS[0]), LEARNING_RATES)
-    return {rate: final(made.losses) for rate, made in zip(LEARNING_RATES, runs, strict=True)}
+def tune(config: RecipeConfig, name: str) -> dict[float, float]:
+    """learning rate -> final loss at the first seed; the best has a worse one on either side."""
+    tried: dict[float, float] = {}
+    rate = FIRST_LEARNING_RATE
+    while rate:
+        tried[rate] = final(run(config, name, rate, SEEDS[0]).losses)
+        best = min(tried, key=tried.get)
+        rate = next((near for near in (2 * best, best / 2) if near not in tried), None)
+    return dict(sorted(tried.items()))
 
 
 def table(runs: dict[str, list[Run]], tried: dict, rates: dict) -> str:
@@ -241,7 +246,7 @@ def main(config: RecipeConfig, origins: dict[str, str]) -> None:
     matplotlib.use("Agg")
     names = [name for name in RECIPES if name in ("adamw", *(config.recipe or RECIPES))]
     with ThreadPoolExecutor(config.jobs) as pool:
-        tried = {name: tune(config, pool, name) for name in TUNED}
+        tried = dict(zip(TUNED, pool.map(lambda name: tune(config, name), TUNED), strict=True))
         best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
         rates = {name: best[RECIPES[name].get("optimizer", "adamw")] for name in names}
         jobs = [(name, seed) for name in names for seed in SEEDS]

@@ -11,6 +11,7 @@ bias = True
 
 micro_batch_size = 4
 gradient_accumulation_steps = 8
+rows_per_step = 32  # the same, for --micro_batch_size=auto
 epochs = 1.0
 dropout = 0.0  # every token is seen once, so there is nothing to memorise
 

@@ -41,8 +41,12 @@ bench: $(VENV)/.benchmarks
 
 bench-gpu: $(VENV)/.benchmarks
 	for size in 500m 1b; do \
-	  $(RUN) bench.py config/$$size.py --json=out/bench-$$size.json --profile=out/bench-$$size && \
-	  $(RUN) bench.py config/$$size.py --dtype=bfloat16 --json=out/bench-$$size-bfloat16.json && \
+	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --json=out/bench-$$size.json \
+	    --profile=out/bench-$$size && \
+	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --dtype=bfloat16 \
+	    --json=out/bench-$$size-bfloat16.json && \
+	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --optimizer=muon \
+	    --json=out/bench-$$size-muon.json && \
 	  $(BENCHMARKS).compare_training --nanogpt=$(NANOGPT) --device=cuda --pairs=3 \
 	    --config=config/$$size.py --json=out/training-$$size.json || exit 1; \
 	done

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nanosynth import UserError, settings
+from nanosynth import UserError, chat, settings
 from nanosynth.settings import setting
 
 STEPS, TOKENS_PER_STEP = 250, 4096
@@ -71,6 +71,12 @@ RECIPES = {
         "warmup_steps": STEPS * 6 // 100,
     },
 }
+# Muon on other training bins, see `make_bins`.
+BINS = {
+    "muon, rows begin with a document": "aligned",
+    "muon, half of the tokens twice": "half",
+}
+RECIPES |= dict.fromkeys(BINS, MUON)
 TUNED = ("adamw", "muon")
 
 
@@ -96,10 +102,11 @@ if __name__ == "__main__":
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset
+from nanosynth import checkpoint, dataset, files
 
 
 class Run(NamedTuple):
@@ -116,7 +123,7 @@ def run(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> Run
         **RECIPES[name],
         "learning_rate": learning_rate,
         "seed": seed,
-        "data_dir": config.data_dir,
+        "data_dir": make_bins(config, BINS[name]) if name in BINS else config.data_dir,
     }
     flags["eval_interval"] = flags["max_steps"] // 12
     flags["save_interval"] = flags["max_steps"] // 25
@@ -144,6 +151,32 @@ def run(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> Run
         flush=True,
     )
     return Run(losses, float(mean_file.read_text()))
+
+
+def make_bins(config: RecipeConfig, change: str) -> str:
+    """A copy of data_dir with other training tokens, made where it is not there yet."""
+    folder = Path(config.out_dir) / f"bins_{change}"
+    if folder.exists():
+        return str(folder)
+    train, block_size = dataset.Split(config.data_dir, "train"), BASE["block_size"]
+    ids, mask = train.ids(0, train.n_tokens), train.mask(0, train.n_tokens)
+    if change == "half":
+        kept = np.arange(STEPS * TOKENS_PER_STEP // 2 + 1)
+    else:  # a row is one stretch; what is left of its last document is dropped
+        starts = np.flatnonzero(np.append(True, ids[:-1] == chat.END_OF_TEXT))
+        rows = [0]
+        while (next_row := np.searchsorted(starts, rows[-1] + block_size)) < len(starts):
+            rows.append(starts[next_row])
+        kept = np.add.outer(rows[:-1], np.arange(block_size)).ravel()
+    meta = json.loads(Path(config.data_dir, "meta.json").read_text())
+    with files.new_folder(folder) as made:
+        shutil.copytree(config.data_dir, made, dirs_exist_ok=True)
+        for name, array in (("train.bin", ids[kept]), ("train_mask.bin", mask[kept])):
+            with files.HashedFile(made / name) as file:
+                file.write(array.tobytes())
+            meta["files"][name] = file.summary()
+        (made / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
 
 
 @torch.no_grad()
@@ -245,6 +278,8 @@ def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
 def main(config: RecipeConfig, origins: dict[str, str]) -> None:
     matplotlib.use("Agg")
     names = [name for name in RECIPES if name in ("adamw", *(config.recipe or RECIPES))]
+    for name in BINS.keys() & names:  # before the runs, which are made side by side
+        make_bins(config, BINS[name])
     with ThreadPoolExecutor(config.jobs) as pool:
         tried = dict(zip(TUNED, pool.map(lambda name: tune(config, name), TUNED), strict=True))
         best = {name: min(losses, key=losses.get) for name, losses in tried.items()}

@@ -205,6 +205,8 @@ def final(losses: dict[int, float]) -> float:
 def tokens_to_reach(losses: dict[int, float], target: float) -> float | None:
     """Where the curve first comes down to `target`, on the line between two evaluations."""
     points = sorted(losses.items())
+    if points[0][1] <= target:
+        return points[0][0]
     for (left, high), (right, low) in zip(points, points[1:], strict=False):
         if low <= target:
             return left + (right - left) * (high - target) / (high - low) if high > low else right

@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,15 +11,33 @@ from nanosynth import settings
 from train import TrainConfig, model_config
 
 
-@pytest.mark.parametrize(("name", "count"), [("500m", 355_919_872), ("1b", 760_372_224)])
+def config_file(name: str) -> TrainConfig:
+    path = str(REPO / f"config/{name}.py")
+    return settings.load(TrainConfig, [path], "train.py", config_file=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("500m", 355_919_872),
+        ("500m_fast", 355_919_872),
+        ("1b", 760_372_224),
+        ("1b_fast", 760_372_224),
+    ],
+)
 def test_parameter_count(name, count):
-    config, _ = settings.load(
-        TrainConfig, [str(REPO / f"config/{name}.py")], "train.py", config_file=True
-    )
     with torch.device("meta"):
-        model = GPT(model_config(config))
+        model = GPT(model_config(config_file(name)))
     assert model.n_parameters() == count
     assert f"{count:,}" in (REPO / f"config/{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", ["500m", "1b"])
+def test_the_fast_configurations_change_the_recipe_alone(name):
+    plain, fast = asdict(config_file(name)), asdict(config_file(f"{name}_fast"))
+    changed = {key for key in plain if plain[key] != fast[key]}
+    recipe = {"optimizer", "learning_rate", "min_learning_rate", "warmup_steps"}
+    assert changed == {"out_dir", "beta2", "weight_decay"} | recipe
 
 
 def test_flops_by_hand():

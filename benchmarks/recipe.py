@@ -265,7 +265,8 @@ def table(runs: dict[str, list[Run]], tried: dict, rates: dict) -> str:
 
 
 def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, made in runs.items():
         curves = [one.losses for one in made]
         points = sorted(set.intersection(*map(set, curves)))
@@ -280,7 +281,7 @@ def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
     axes.set_title(f"{shape['n_layer']} layers x {shape['n_embd']} channels, {len(SEEDS)} seeds")
     axes.set(xlabel="million tokens", ylabel="validation loss, nats a token")
     axes.set_ylim(top=target + 1.2)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 

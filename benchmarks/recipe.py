@@ -42,7 +42,6 @@ BASE = {
     "keep_last": LAST,
     "compile": True,
 }
-FIRST_LEARNING_RATE = 1.2e-2
 MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
 SEEDS = (42, 43, 44)
 MUON, LINEAR_TO_ZERO = {"optimizer": "muon"}, {"decay": "linear", "min_learning_rate": 0.0}
@@ -84,7 +83,7 @@ BINS = {
     "muon, half of the tokens twice": "half",
 }
 RECIPES |= dict.fromkeys(BINS, MUON)
-TUNED = ("adamw", "muon")
+TUNED = {"adamw": 6e-3, "muon": 2.4e-2}  # and the learning rate that is tried first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +228,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def tune(config: RecipeConfig, name: str) -> dict[float, float]:
     """learning rate -> final loss at the first seed; the best has a worse one on either side."""
     tried: dict[float, float] = {}
-    rate = FIRST_LEARNING_RATE
+    rate = TUNED[name]
     while rate:
         tried[rate] = final(run(config, name, rate, SEEDS[0]).losses)
         best = min(tried, key=tried.get)

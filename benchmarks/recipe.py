@@ -83,7 +83,7 @@ BINS = {
     "muon, half of the tokens twice": "half",
 }
 RECIPES |= dict.fromkeys(BINS, MUON)
-TUNED = {"adamw": 6e-3, "muon": 2.4e-2}  # and the learning rate that is tried first
+TUNED = {"adamw": 3e-3, "muon": 2.4e-2}  # and the learning rate that is tried first
 
 
 @dataclass(frozen=True, kw_only=True)

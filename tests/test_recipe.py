@@ -21,9 +21,9 @@ def made(*losses: float) -> recipe.Run:
 @pytest.mark.parametrize(
     ("best", "tried"),
     [
-        (6e-3, [3e-3, 6e-3, 1.2e-2]),
-        (2.4e-2, [6e-3, 1.2e-2, 2.4e-2, 4.8e-2]),
-        (1.5e-3, [7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2]),
+        (3e-3, [1.5e-3, 3e-3, 6e-3]),
+        (1.2e-2, [3e-3, 6e-3, 1.2e-2, 2.4e-2]),
+        (7.5e-4, [3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3]),
     ],
 )
 def test_the_best_learning_rate_has_a_worse_one_on_either_side(monkeypatch, best, tried):

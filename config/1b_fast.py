@@ -16,8 +16,8 @@ rows_per_step = 32  # the same, for --micro_batch_size=auto
 epochs = 1.0
 dropout = 0.0  # every token is seen once, so there is nothing to memorise
 
-optimizer = "muon"  # LEAD
-learning_rate = 1.5e-3  # RATE
+optimizer = "muon"  # see config/500m_fast.py
+learning_rate = 1.5e-3  # as config/500m_fast.py, by one over the root of the width
 min_learning_rate = 1.5e-4  # a tenth: going down to zero did not pay
 warmup_steps = 300  # a twentieth of the run, where 1,000 would be a sixth
 beta2 = 0.99  # AdamW's, on the rest: lower by 0.03 nats than with 0.95

@@ -98,7 +98,7 @@ class RecipeConfig:
 
     def __post_init__(self):
         if unknown := set(self.recipe) - RECIPES.keys():
-            raise UserError(f"--recipe={unknown.pop()}; wanted one of {', '.join(RECIPES)}")
+            raise UserError(f"--recipe={unknown.pop()}; wanted one of: {'; '.join(RECIPES)}")
         if self.jobs < 1:
             raise UserError(f"--jobs={self.jobs}; wanted 1 or more")
 

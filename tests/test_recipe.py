@@ -91,5 +91,5 @@ def test_made_bins_change_the_training_tokens_alone(tmp_path, monkeypatch):
 
 
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(UserError, match="--recipe=sophia; wanted one of adamw, "):
+    with pytest.raises(UserError, match="--recipe=sophia; wanted one of: adamw; "):
         recipe.RecipeConfig(recipe=("sophia",))

@@ -51,7 +51,6 @@ FAST = {**MUON, "beta2": 0.99, "weight_decay": 0.1}  # what paid at the smallest
 RECIPES = {
     "adamw": {},
     "adamw, linear to 0": LINEAR_TO_ZERO,
-    "adamw, beta2 0.99, weight decay 0.1": {"beta2": 0.99, "weight_decay": 0.1},
     "muon": MUON,
     "muon, linear to 0": {**MUON, **LINEAR_TO_ZERO},
     "muon, zero init": {**MUON, "zero_init": True},

@@ -23,7 +23,7 @@ def largest(
 ) -> int:
     """The most rows that fit on every rank, a divisor of each rank's share of `rows_per_step`.
 
-    `build` makes a model like the run's on the device; it is dropped again. Call on every rank.
+    `build` makes a model like the run's on the device, one for each trial. Call on every rank.
     """
     if rows_per_step % world.size:
         below = rows_per_step // world.size * world.size
@@ -35,10 +35,8 @@ def largest(
     share = rows_per_step // world.size
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
     if world.device.type == "cuda":
-        model = build()
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, world.device)
-        found = next((n for n in sizes if fits(model, n, dtype)), 0)
-        del model
+        found = next((n for n in sizes if fits(build, n, dtype)), 0)
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, world.device)
     else:
@@ -52,13 +50,14 @@ def largest(
     return next(n for n in sizes if n <= least)
 
 
-def fits(model: nn.Module, n_rows: int, dtype: torch.dtype) -> bool:
-    """Whether forward and backward of `n_rows` full rows fit, AdamW's two moments beside them.
+def fits(build: Callable[[], nn.Module], n_rows: int, dtype: torch.dtype) -> bool:
+    """Whether a model, AdamW's two moments, and forward and backward of `n_rows` full rows fit.
 
     Not compiled, which takes more memory than compiled and spares a compilation for each trial.
     """
-    device = next(model.parameters()).device
     try:
+        model = build()
+        device = next(model.parameters()).device
         moments = torch.empty(2 * model.n_parameters(), device=device)
         ids = torch.zeros(n_rows, model.config.block_size, dtype=torch.long, device=device)
         with autocast(device, dtype):
@@ -68,5 +67,3 @@ def fits(model: nn.Module, n_rows: int, dtype: torch.dtype) -> bool:
         return True
     except torch.OutOfMemoryError:
         return False
-    finally:
-        model.zero_grad(set_to_none=True)

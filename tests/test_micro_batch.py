@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from tiny import ALONE, CPU, losses, tiny_model, train_run
@@ -41,11 +43,24 @@ def shares(monkeypatch):
     return found
 
 
-def test_a_trial_that_does_not_fit_leaves_nothing_behind():
-    model = crowded(3)
-    assert micro_batch.fits(model, 3, torch.float32)
-    assert not micro_batch.fits(model, 4, torch.float32)
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_a_trial_leaves_nothing_behind():
+    models = []
+
+    def build():
+        model = crowded(3)
+        models.append(weakref.ref(model))
+        return model
+
+    assert micro_batch.fits(build, 3, torch.float32)
+    assert not micro_batch.fits(build, 4, torch.float32)
+    assert [model() for model in models] == [None, None]
+
+
+def test_a_model_without_room_does_not_fit():
+    def build():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    assert not micro_batch.fits(build, 1, torch.float32)
 
 
 @pytest.mark.parametrize(

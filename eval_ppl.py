@@ -10,30 +10,26 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from nanosynth import UserError, chat, settings
+from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
 
 N_RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(settings.Settings):
     """Validation perplexity, over all tokens and over assistant tokens, and bits per byte."""
 
-    run: str = setting("out/demo", "a run's folder, or one of its step folders")
+    run: str = setting("out/demo", "a run's folder, or one of its step folders", path=True)
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
-    data_dir: str = setting("", "prepared bins; empty: those the run was trained on")
-    stride: int = setting(0, "tokens scored a window; 0: the context, so no overlap")
-    batch_size: int = setting(8, "windows a GPU takes at once")
+    data_dir: str = setting("", "prepared bins; empty: those the run was trained on", path=True)
+    stride: int = setting(0, "tokens scored a window; 0: the context, so no overlap", at_least=0)
+    batch_size: int = setting(8, "windows a GPU takes at once", at_least=1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
-    seed: int = setting(42, "of the bootstrap")
-
-    def __post_init__(self):
-        if min(self.stride, self.seed) < 0 or self.batch_size < 1:
-            raise UserError("wanted --stride and --seed of 0 or more, --batch_size of 1 or more")
+    seed: int = setting(42, "of the bootstrap", at_least=0)
 
 
 if __name__ == "__main__":
@@ -43,10 +39,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, distributed
-from nanosynth.device import autocast, choose_dtype, speed_up_inference
+from model import GPT
+from nanosynth import checkpoint
+from nanosynth.data import bins
+from nanosynth.device import autocast, choose_dtype
 from nanosynth.files import write_atomically
+from nanosynth.inference.load import load
+from nanosynth.training import distributed
 
 
 def windows(n_tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -119,8 +118,8 @@ def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) 
     """The figures of eval_ppl.json from each token's loss; ids and mask include the first token."""
     losses = losses.astype(np.float64)
     # The token after an end opens a document; the end itself belongs to the one before.
-    document = np.cumsum(ids == chat.END_OF_TEXT)[:-1]
-    n_bytes = chat.token_bytes()[ids[1:]]
+    document = np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
+    n_bytes = tokenizer.token_bytes()[ids[1:]]
     figures = {}
     counted = {"all": np.ones(len(losses)), "assistant": mask[1:].astype(np.float64)}
     for name, weights in counted.items():
@@ -155,23 +154,21 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main(config: EvalConfig, origins: dict[str, str]) -> None:
+def main(config: EvalConfig) -> None:
     path = checkpoint.find(config.run, config.step)
     meta = checkpoint.read_meta(path)
     data_dir = config.data_dir or meta["settings"]["data_dir"]
     if not data_dir:
         raise UserError(f"{path} was not trained on bins of ours; name some with --data_dir=FOLDER")
-    split = dataset.Split(data_dir, "val")
+    split = bins.Split(data_dir, "val")
     ids, mask = split.ids(0, split.n_tokens), split.mask(0, split.n_tokens)
-    model = GPT(GPTConfig(**meta["identity"]["model"]))
-    stride = config.stride or model.config.block_size
-    if stride > model.config.block_size:
-        raise UserError(f"--stride={stride} is more than the context, {model.config.block_size}")
-    model.load_state_dict(checkpoint.read_model(path, meta))
+    block_size = meta["identity"]["model"]["block_size"]
+    stride = config.stride or block_size
+    if stride > block_size:
+        raise UserError(f"--stride={stride} is more than the context, {block_size}")
     with distributed.start(config.device) as world:
         dtype = choose_dtype(config.dtype, world.device)
-        model.to(world.device).eval()
-        speed_up_inference(model, dtype)
+        model, *_ = load(str(path), device=world.device, dtype=dtype, cast=False)
         losses = score(model, ids, world, stride=stride, batch_size=config.batch_size, dtype=dtype)
         if world.is_main:
             result = {
@@ -190,4 +187,4 @@ def main(config: EvalConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*arguments)
+        main(arguments)

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
-from nanosynth import UserError, chat, rows, settings, sources, stats, troubles
+from nanosynth import UserError, settings, tokenizer
+from nanosynth.data import sources, stats, troubles
+from nanosynth.data.conversations import Reject, conversation, first_words
 from nanosynth.settings import setting
 
 BATCH_CHARACTERS = 1 << 18  # of text that is encoded together
@@ -21,33 +23,42 @@ BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(settings.Settings):
     """Write data_dir/{train,val}.bin, their masks, stats.png and meta.json from conversations."""
 
     source: settings.MANY = setting(
         (sources.OPENHERMES,),
-        "a .json, .jsonl or .parquet file, .gz or .zst too, a folder, a hub id, or 'sample'",
+        "a .json, .jsonl or .parquet file, .gz or .zst too, a folder, or a hub id",
+        group="what is read",
+        path=True,
     )
     revision: str = setting("", "hub revision; empty: the pinned one, or the newest, recorded")
-    data_dir: str = setting("data/openhermes", "where the bins go")
-    max_rows: int = setting(0, "a random sample of so many rows of the whole source; 0: all")
-    val_fraction: float = setting(0.05, "share of first user turns that go to validation")
-    seed: int = setting(42, "of the sample, the split and the documents' order")
-    num_threads: int = setting(os.cpu_count() or 1, "threads of the tokenizer")
-    drop_refusals: bool = setting(False, "leave out refusals and 'As an AI' answers")
+    data_dir: str = setting("data/openhermes", "where the bins go", path=True)
+    max_rows: int = setting(
+        0, "a random sample of so many rows of the whole source; 0: all", at_least=0
+    )
+    val_fraction: float = setting(
+        0.05, "share of first user turns that go to validation", above=0, below=1
+    )
+    seed: int = setting(42, "of the sample, the split and the documents' order", at_least=0)
+    num_threads: int = setting(os.cpu_count() or 1, "threads of the tokenizer", at_least=1)
+    drop_refusals: bool = setting(
+        False, "leave out refusals and 'As an AI' answers", group="what is left out"
+    )
     drop_non_english: bool = setting(False, "leave out conversations in other languages")
     drop_runs: bool = setting(False, "leave out conversations with 100 equal characters in a row")
-    rejects: str = setting("", "a JSON line here for each row that was left out; empty: none")
-    leak_check: bool = setting(False, "count the 13-grams that train and validation share")
+    rejects: str = setting(
+        "", "a JSON line here for each row that was left out; empty: none", path=True
+    )
+    leak_check: bool = setting(
+        False, "count the 13-grams that train and validation share", group="what is told"
+    )
     picture: bool = setting(True, "draw stats.png")
 
     def __post_init__(self):
         if isinstance(self.source, str):
             object.__setattr__(self, "source", (self.source,))
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val_fraction={self.val_fraction}; wanted between 0 and 1, as 0.05")
-        if min(self.max_rows, self.seed) < 0 or self.num_threads < 1:
-            raise UserError("wanted --max_rows and --seed of 0 or more, --num_threads of 1 or more")
+        super().__post_init__()
 
 
 if __name__ == "__main__":
@@ -59,19 +70,21 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from nanosynth import dataset, leaks
+from nanosynth.data import bins, splits
 
 
 @dataclass
 class Batch:
     """Conversations that are encoded together, with what is told of them."""
 
-    conversations: list[list[chat.Turn]] = field(default_factory=list)
+    conversations: list[list[tokenizer.Turn]] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)  # source and category
     places: list[tuple[str, int]] = field(default_factory=list)  # file and row
     characters: int = 0
 
-    def add(self, turns: list[chat.Turn], names: tuple[str, str], place: tuple[str, int]) -> None:
+    def add(
+        self, turns: list[tokenizer.Turn], names: tuple[str, str], place: tuple[str, int]
+    ) -> None:
         self.conversations.append(turns)
         self.names.append(names)
         self.places.append(place)
@@ -101,7 +114,7 @@ class Rejects:
         self._tally.dropped[reason] += 1
         if self._file:
             file, number = place
-            line = {"file": file, "row": number, "reason": reason, "text": rows.first_words(row)}
+            line = {"file": file, "row": number, "reason": reason, "text": first_words(row)}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
@@ -133,7 +146,7 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
 
 def batches(source: sources.Source, config: PrepareConfig, rejects: Rejects, tally: stats.Tally):
     """The usable conversations, some together; all others are counted by reason."""
-    seen = leaks.DigestSet()
+    seen = splits.DigestSet()
     batch = Batch()
     for row in selected_rows(source, config):
         tally.rows_read += 1
@@ -141,8 +154,8 @@ def batches(source: sources.Source, config: PrepareConfig, rejects: Rejects, tal
         if isinstance(row, dict) and tally.rows_read <= 100_000:
             tally.columns.update(key for key, value in row.items() if value is not None)
         try:
-            batch.add(rows.conversation(row), stats.names_of(row), place)
-        except rows.Reject as reject:
+            batch.add(conversation(row), stats.names_of(row), place)
+        except Reject as reject:
             rejects.add(place, str(reject), row)
         if batch.is_full():
             yield unique(batch, seen, config, rejects, tally)
@@ -152,7 +165,7 @@ def batches(source: sources.Source, config: PrepareConfig, rejects: Rejects, tal
 
 def unique(
     batch: Batch,
-    seen: leaks.DigestSet,
+    seen: splits.DigestSet,
     config: PrepareConfig,
     rejects: Rejects,
     tally: stats.Tally,
@@ -163,7 +176,7 @@ def unique(
         "not English": config.drop_non_english,
         "run of one character": config.drop_runs,
     }
-    digests = [leaks.digest_of(turns) for turns in batch.conversations]
+    digests = [splits.digest_of(turns) for turns in batch.conversations]
     is_kept = []
     for turns, place, is_new in zip(
         batch.conversations, batch.places, seen.add(digests), strict=True
@@ -187,7 +200,7 @@ def encoded(
     waiting: deque[tuple[Batch, Future]] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
         for batch in found:
-            waiting.append((batch, threads.submit(chat.encode_documents, batch.conversations)))
+            waiting.append((batch, threads.submit(tokenizer.encode_documents, batch.conversations)))
             if len(waiting) > 2 * num_threads:
                 batch, documents = waiting.popleft()
                 yield batch, documents.result()
@@ -197,7 +210,7 @@ def encoded(
 
 
 def convert(
-    source: sources.Source, config: PrepareConfig, writer: dataset.BinWriter, tally: stats.Tally
+    source: sources.Source, config: PrepareConfig, writer: bins.BinWriter, tally: stats.Tally
 ) -> None:
     """Read the source to its end into the writer."""
     rejects = Rejects(config.rejects, tally)
@@ -210,7 +223,7 @@ def convert(
                     batch.conversations, batch.names, documents, strict=True
                 ):
                     first_user_turn = next(text for role, text in turns if role == "user")
-                    split = leaks.split_of(first_user_turn, config.val_fraction, config.seed)
+                    split = splits.split_of(first_user_turn, config.val_fraction, config.seed)
                     writer.add(split, ids, mask)
                     tally.count(split, turns, names, mask)
                 seconds = time.monotonic() - started
@@ -249,22 +262,22 @@ def description(source: sources.Source, config: PrepareConfig) -> dict:
     return {
         **source.identity,
         **{key: asdict(config)[key] for key in RECIPE},
-        "template": chat.TEMPLATE,
+        "template": tokenizer.TEMPLATE,
         "special_ids": {
-            "<|endoftext|>": chat.END_OF_TEXT,
-            "<|im_start|>": chat.IM_START,
-            "<|im_end|>": chat.IM_END,
+            "<|endoftext|>": tokenizer.END_OF_TEXT,
+            "<|im_start|>": tokenizer.IM_START,
+            "<|im_end|>": tokenizer.IM_END,
         },
-        "tokenizer": {"ranks_sha256": chat.RANKS_SHA256, "tiktoken": tiktoken.__version__},
+        "tokenizer": {"ranks_sha256": tokenizer.RANKS_SHA256, "tiktoken": tiktoken.__version__},
         "versions": {"numpy": np.__version__, "unicode": unicodedata.unidata_version},
     }
 
 
-def main(config: PrepareConfig, origins: dict[str, str]) -> None:
+def main(config: PrepareConfig) -> None:
     source = sources.open_sources(config.source, config.revision)
     tally = stats.Tally()
     try:
-        writer = dataset.BinWriter(config.data_dir)
+        writer = bins.BinWriter(config.data_dir)
         try:
             convert(source, config, writer, tally)
             check_usable(tally, config)
@@ -272,11 +285,11 @@ def main(config: PrepareConfig, origins: dict[str, str]) -> None:
             meta = {**description(source, config), **tally.figures()}
             if config.leak_check:
                 train, val = writer.partial / "train.bin", writer.partial / "val.bin"
-                meta["leak_check"] = leaks.shared_grams(train, val)
+                meta["leak_check"] = splits.shared_grams(train, val)
             if config.picture:
                 title = f"{meta['source'][:100]}: {meta['rows_kept']:,} conversations"
                 stats.draw(tally, writer.partial / "stats.png", title)
-            writer.publish(meta, dataset.EXTRAS if config.picture else ())
+            writer.publish(meta, bins.EXTRAS if config.picture else ())
         finally:
             writer.discard()
     except OSError as error:
@@ -287,4 +300,4 @@ def main(config: PrepareConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*arguments)
+        main(arguments)

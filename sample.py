@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosynth import UserError, chat, settings
+from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(settings.Settings):
     """Generate text from a trained run."""
 
-    run: str = setting("out/demo", "a run's folder, or one of its step folders")
+    run: str = setting(
+        "out/demo", "a run's folder, or one of its step folders", group="the model", path=True
+    )
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
@@ -31,30 +33,32 @@ class SampleConfig:
     cuda_graph: bool = setting(
         False, "launch a token's kernels as one on a GPU, which otherwise waits for each"
     )
-    prompt: str = setting("", "one prompt; its answer goes to the terminal")
+    prompt: str = setting("", "one prompt; its answer goes to the terminal", group="the prompts")
     system: str = setting("", "a system turn before the prompt")
     template: bool = setting(True, "the prompt is a user's turn; False: plain text to continue")
     chat: bool = setting(False, "a conversation in the terminal")
-    prompts: str = setting("", "file: .txt (one a line), .jsonl (prompt, answer) or a split's .bin")
-    num_prompts: int = setting(0, "take the first so many of the file; 0: all")
-    num_samples: int = setting(1, "answers to each prompt")
-    batch_size: int = setting(64, "sequences generated together")
-    output_dir: str = setting("", "where generations.jsonl and .txt go; empty: the run's folder")
-    max_new_tokens: int = setting(256, "longest answer; half the context at most")
-    temperature: float = setting(0.8, "0: always the likeliest token")
-    top_k: int = setting(0, "keep the k likeliest tokens; 0: all")
-    top_p: float = setting(0.95, "keep the likeliest tokens up to this much probability")
-    seed: int = setting(42, "of the sampling; an answer depends on no other one")
+    prompts: str = setting(
+        "", "file: .txt (one a line), .jsonl (prompt, answer) or a split's .bin", path=True
+    )
+    num_prompts: int = setting(0, "take the first so many of the file; 0: all", at_least=0)
+    num_samples: int = setting(1, "answers to each prompt", at_least=1)
+    batch_size: int = setting(64, "sequences generated together", at_least=1)
+    output_dir: str = setting(
+        "", "where generations.jsonl and .txt go; empty: the run's folder", path=True
+    )
+    max_new_tokens: int = setting(
+        256, "longest answer; half the context at most", group="the sampling", at_least=1
+    )
+    temperature: float = setting(0.8, "0: always the likeliest token", at_least=0)
+    top_k: int = setting(0, "keep the k likeliest tokens; 0: all", at_least=0)
+    top_p: float = setting(
+        0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
+    )
+    seed: int = setting(42, "of the sampling; an answer depends on no other one", at_least=0)
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.chat + bool(self.prompt) + bool(self.prompts) != 1:
             raise UserError("wanted one of --prompt=TEXT, --prompts=FILE and --chat")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError("wanted --temperature and --top_k of 0 or more, --top_p in (0, 1]")
-        if min(self.max_new_tokens, self.num_samples, self.batch_size) < 1:
-            raise UserError("wanted --max_new_tokens, --num_samples, --batch_size of 1 or more")
-        if min(self.num_prompts, self.seed) < 0:
-            raise UserError("wanted --num_prompts and --seed of 0 or more")
 
 
 if __name__ == "__main__":
@@ -62,41 +66,37 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, generation
-from nanosynth.device import choose_device, choose_dtype, speed_up_inference
+from model import GPT
+from nanosynth.data import bins
+from nanosynth.device import choose_device, choose_dtype
 from nanosynth.files import write_atomically
+from nanosynth.inference import generation
+from nanosynth.inference.generation import Sampling
+from nanosynth.inference.load import load
 
 
 def load_model(config: SampleConfig) -> GPT:
     device = choose_device(config.device)
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"--cuda_graph=True needs a GPU, and the device is {device}")
-    path = checkpoint.find(config.run, config.step)
-    meta = checkpoint.read_meta(path)
-    model = GPT(GPTConfig(**meta["identity"]["model"]))
-    model.load_state_dict(checkpoint.read_model(path, meta))
     dtype = choose_dtype(config.dtype, device)
-    model.to(device, dtype).eval()
-    speed_up_inference(model, dtype)
-    return model
+    return load(config.run, config.step, device=device, dtype=dtype).model
 
 
-def sampling(config: SampleConfig) -> dict:
-    """What `generation.stream` wants to know."""
-    return {
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "cuda_graph": config.cuda_graph,
-    }
+def sampling(config: SampleConfig) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        cuda_graph=config.cuda_graph,
+    )
 
 
 def fit(ids: list[int], model: GPT, config: SampleConfig) -> list[int]:
     """The last tokens of a prompt, as many as leave room for the answer; says what it drops."""
-    room = generation.room(model.config.block_size, config.max_new_tokens)
+    room = sampling(config).room(model.config.block_size)
     if len(ids) > room:
         found = f"a prompt of {len(ids)} tokens in a context of {model.config.block_size}"
         print(f"{found}: its first {len(ids) - room} are dropped", file=sys.stderr)
@@ -105,17 +105,17 @@ def fit(ids: list[int], model: GPT, config: SampleConfig) -> list[int]:
 
 def encode_prompt(text: str, config: SampleConfig) -> list[int]:
     if not config.template:
-        return chat.tokenizer().encode_ordinary(text)
+        return tokenizer.encoding().encode_ordinary(text)
     system = [("system", config.system)] if config.system else []
-    return chat.prompt_ids([*system, ("user", text)])
+    return tokenizer.prompt_ids([*system, ("user", text)])
 
 
 def stream_text(model: GPT, prompt: list[int], number: int, config: SampleConfig) -> str:
     """Print the answer as it comes, whole characters at a time; the answer's text."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text = ""
-    for (id,) in generation.stream(model, [prompt], [number], **sampling(config)):
-        piece = decoder.decode(b"" if id in chat.STOP_IDS else chat.token_text(id))
+    for (id,) in generation.stream(model, [prompt], [number], sampling(config)):
+        piece = decoder.decode(b"" if id in tokenizer.STOP_IDS else tokenizer.token_text(id))
         print(piece, end="", flush=True)
         text += piece
     print(decoder.decode(b"", final=True))
@@ -126,18 +126,18 @@ def converse(model: GPT, config: SampleConfig) -> None:
     """A conversation in the terminal; the oldest turns leave when the context is full."""
     print("an empty line ends the conversation, /new starts another")
     system = [("system", config.system)] if config.system else []
-    room = generation.room(model.config.block_size, config.max_new_tokens)
-    turns: list[chat.Turn] = []
+    room = sampling(config).room(model.config.block_size)
+    turns: list[tokenizer.Turn] = []
     number = 0
     while text := _read_line("you> "):
         if text == "/new":
             turns = []
             continue
         turns.append(("user", text))
-        while len(turns) > 2 and len(chat.prompt_ids([*system, *turns])) > room:
+        while len(turns) > 2 and len(tokenizer.prompt_ids([*system, *turns])) > room:
             print("(the context is full: the oldest turn is dropped)")
             turns = turns[2:]
-        prompt = fit(chat.prompt_ids([*system, *turns]), model, config)
+        prompt = fit(tokenizer.prompt_ids([*system, *turns]), model, config)
         turns.append(("assistant", stream_text(model, prompt, number, config)))
         number += 1
 
@@ -156,9 +156,9 @@ def read_prompts(config: SampleConfig) -> list[tuple[list[int], str | None]]:
         raise UserError(f"no file {config.prompts!r}; wanted .txt, .jsonl or a split's .bin")
     pairs: list[tuple[list[int], str | None]] = []
     if path.suffix == ".bin":
-        for ids, mask in dataset.Split(str(path.parent), path.stem).documents():
-            for prompt, answer in dataset.prompts_and_answers(ids, mask):
-                pairs.append((prompt, chat.decode(answer).removesuffix("<|im_end|>")))
+        for ids, mask in bins.Split(str(path.parent), path.stem).documents():
+            for prompt, answer in bins.prompts_and_answers(ids, mask):
+                pairs.append((prompt, tokenizer.decode(answer).removesuffix("<|im_end|>")))
     else:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if line.strip():
@@ -188,17 +188,17 @@ def answer_all(model: GPT, config: SampleConfig) -> list[dict]:
     records = []
     for prompt, answer in read_prompts(config):
         for sample in range(config.num_samples):
-            record = {"prompt": chat.decode(prompt), "sample": sample, "answer": answer}
+            record = {"prompt": tokenizer.decode(prompt), "sample": sample, "answer": answer}
             records.append((fit(prompt, model, config), record))
     by_length = sorted(range(len(records)), key=lambda number: len(records[number][0]))
     for start in tqdm(range(0, len(records), config.batch_size), unit="batch", disable=None):
         numbers = by_length[start : start + config.batch_size]
         prompts = [records[number][0] for number in numbers]
-        continuations = generation.generate(model, prompts, numbers, **sampling(config))
+        continuations = generation.generate(model, prompts, numbers, sampling(config))
         for number, ids in zip(numbers, continuations, strict=True):
-            ended = ids[-1] in chat.STOP_IDS
+            ended = ids[-1] in tokenizer.STOP_IDS
             record = records[number][1]
-            record["text"] = chat.decode(ids[:-1] if ended else ids)
+            record["text"] = tokenizer.decode(ids[:-1] if ended else ids)
             record["finish"] = "stop" if ended else "length"
             record["tokens"] = len(ids)
             if record["answer"] is not None:
@@ -224,7 +224,7 @@ def write_generations(records: list[dict], folder: Path) -> None:
     write_atomically(folder / "generations.txt", "\n\n----\n\n".join(pages) + "\n")
 
 
-def main(config: SampleConfig, origins: dict[str, str]) -> None:
+def main(config: SampleConfig) -> None:
     model = load_model(config)
     if config.chat:
         converse(model, config)
@@ -247,4 +247,4 @@ def main(config: SampleConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*arguments)
+        main(arguments)

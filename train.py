@@ -14,79 +14,100 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nanosynth import UserError, chat, settings
+from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
-
-AT_LEAST_ONE = (
-    *("n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps"),
-    *("eval_interval", "save_interval", "log_interval", "max_skipped_steps"),
-)
-AT_LEAST_ZERO = (
-    *("seed", "max_steps", "warmup_steps", "weight_decay", "min_learning_rate", "grad_clip"),
-    *("spike_sigmas", "eval_rows", "rows_per_step"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(settings.Settings):
     """Train a GPT on the bins of data_dir; checkpoints and metrics go to out_dir."""
 
-    data_dir: str = setting("data/openhermes", "prepared bins, see prepare.py")
-    out_dir: str = setting("out/run", "the run's folder")
-    init_from: str = setting(
-        "", "weights to start from: a run's folder (its best) or a step folder"
+    data_dir: str = setting(
+        "data/openhermes", "prepared bins, see prepare.py", group="The run", path=True
     )
-    resume: str = setting("auto", "auto: go on where out_dir stands; never; or a step folder")
-    seed: int = setting(42, "of the weights, the data order and dropout")
+    out_dir: str = setting("out/run", "the run's folder", path=True)
+    init_from: str = setting(
+        "", "weights to start from: a run's folder (its best) or a step folder", path=True
+    )
+    resume: str = setting(
+        "auto", "auto: go on where out_dir stands; never; or a step folder", path=True
+    )
+    seed: int = setting(42, "of the weights, the data order and dropout", at_least=0)
 
-    n_layer: int = setting(24, "blocks")
-    n_head: int = setting(16, "attention heads")
-    n_embd: int = setting(1024, "channels")
-    block_size: int = setting(2048, "context, in tokens")
-    dropout: float = setting(0.0, "0 for a single epoch; 0.1 or so for several")
+    n_layer: int = setting(24, "blocks", group="The model", at_least=1)
+    n_head: int = setting(16, "attention heads", at_least=1)
+    n_embd: int = setting(1024, "channels", at_least=1)
+    block_size: int = setting(2048, "context, in tokens", at_least=1)
+    dropout: float = setting(
+        0.0, "0 for a single epoch; 0.1 or so for several", at_least=0, below=1
+    )
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
-    micro_batch_size: int | Literal["auto"] = setting(
-        4, "rows a GPU takes at once; auto: as many as fit, for steps of rows_per_step"
+    rows_per_step: int = setting(
+        32, "rows of block_size tokens a step, over all GPUs", group="The batch", at_least=1
     )
-    gradient_accumulation_steps: int = setting(8, "micro-batches a step, counted over all GPUs")
-    rows_per_step: int = setting(0, "rows of a step over all GPUs, where micro_batch_size is auto")
-    max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes")
-    epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0")
+    micro_batch_size: int | Literal["auto"] = setting(
+        4, "rows a GPU takes at once; auto: as many as fit", at_least=1
+    )
+    gradient_accumulation_steps: int = setting(
+        0,
+        "another way to say rows_per_step: micro_batch_size times this; 0: it is not said so",
+        at_least=0,
+        instead_of="rows_per_step",
+    )
+    max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes", at_least=0)
+    epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0", above=0)
 
-    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: on the blocks' matrices")
-    learning_rate: float = setting(2e-4, "the peak, after warmup")
-    min_learning_rate: float = setting(2e-5, "where the decay ends")
-    warmup_steps: int = setting(1000, "steps of linear warmup")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: on the blocks' matrices, AdamW on the rest", group="The optimizer"
+    )
+    learning_rate: float = setting(2e-4, "the peak, after warmup", at_least=0)
+    min_learning_rate: float = setting(2e-5, "where the decay ends", at_least=0)
+    warmup_steps: int = setting(1000, "steps of linear warmup", at_least=0)
     decay: Literal["cosine", "linear"] = setting("cosine", "how the learning rate falls")
     zero_init: bool = setting(False, "residual projections start at zero, not at GPT-2's noise")
-    weight_decay: float = setting(0.01, "on matrices and embeddings")
-    beta1: float = setting(0.9, "AdamW's first moment")
-    beta2: float = setting(0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999")
-    grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping")
+    weight_decay: float = setting(0.01, "on matrices and embeddings", at_least=0)
+    beta1: float = setting(0.9, "AdamW's first moment", at_least=0, below=1)
+    beta2: float = setting(
+        0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999", at_least=0, below=1
+    )
+    grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping", at_least=0)
 
     spike_sigmas: float = setting(
-        8.0, "skip a step whose loss is so many standard deviations above the last 128; 0: none"
+        8.0,
+        "skip a step whose loss is so many standard deviations above the last 128; 0: none",
+        group="Trouble",
+        at_least=0,
     )
-    max_skipped_steps: int = setting(20, "steps skipped in a row that end the run")
+    max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
     hang_seconds: float = setting(
-        600.0, "a step, save or evaluation that takes longer ends the run"
+        600.0, "a step, save or evaluation that takes longer ends the run", above=0
     )
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it"
+        "auto",
+        "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it",
+        group="The machine",
     )
     compile: bool | Literal["auto"] = setting("auto", "torch.compile; auto: on CUDA")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     loss_on: Literal["all", "assistant"] = setting("all", "targets that count")
 
-    eval_interval: int = setting(1000, "steps between evaluations")
-    eval_rows: int = setting(256, "validation rows an evaluation takes, always the same; 0: all")
-    save_interval: int = setting(5000, "steps between checkpoints; a new best is saved too")
-    keep_last: int = setting(3, "newest checkpoints kept, beside the best")
+    eval_interval: int = setting(
+        1000, "steps between evaluations", group="What is kept and told", at_least=1
+    )
+    eval_rows: int = setting(
+        256, "validation rows an evaluation takes, always the same; 0: all", at_least=0
+    )
+    save_interval: int = setting(
+        5000, "steps between checkpoints; a new best is saved too", at_least=1
+    )
+    keep_last: int = setting(
+        3, "newest checkpoints kept, beside the best; the disk may tear one", at_least=2
+    )
     log_interval: int = setting(
-        10, "steps between lines on the console; metrics.jsonl has every step"
+        10, "steps between lines on the console; metrics.jsonl has every step", at_least=1
     )
 
     wandb: Literal["online", "offline", "disabled"] = setting(
@@ -95,35 +116,26 @@ class TrainConfig:
     wandb_project: str = setting("nanosynth", "wandb project")
     wandb_run_name: str = setting("", "wandb run; empty: the name of out_dir")
 
-    def __post_init__(self):
-        """Ranges, and rules between fields; each error names the flag that mends it."""
-        for name in AT_LEAST_ONE:
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        if self.micro_batch_size == "auto":
-            self._check(
-                "rows_per_step", self.rows_per_step >= 1, "1 or more with --micro_batch_size=auto"
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step over all GPUs, however they were said."""
+        if self.gradient_accumulation_steps and self.micro_batch_size != "auto":
+            return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.rows_per_step
+
+    def check(self) -> None:
+        if self.learning_rate < self.min_learning_rate:
+            self.refuse(
+                "learning_rate", f"wanted min_learning_rate={self.min_learning_rate} or more"
             )
-        else:
-            self._check("micro_batch_size", self.micro_batch_size >= 1, "1 or more, or auto")
-        for name in AT_LEAST_ZERO:
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("dropout", "beta1", "beta2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "0 or more, below 1")
-        self._check("hang_seconds", self.hang_seconds > 0, "above 0")
-        self._check("keep_last", self.keep_last >= 2, "2 or more: the disk may tear one")
-        self._check("epochs", self.max_steps or self.epochs > 0, "above 0, or --max_steps")
-        floor = self.min_learning_rate
-        self._check(
-            "learning_rate", self.learning_rate >= floor, f"min_learning_rate={floor} or more"
-        )
         if self.n_embd % self.n_head:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = sorted(divisors, key=lambda n: abs(n - self.n_head))[:3]
-            self._check("n_head", False, f"a divisor of n_embd={self.n_embd}, as {sorted(near)}")
-
-    def _check(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise UserError(f"--{name}={getattr(self, name)}; wanted {wanted}")
+            near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
+            self.refuse("n_head", f"wanted a divisor of n_embd={self.n_embd}, as {near}")
+        if self.micro_batch_size != "auto" and self.step_rows % self.micro_batch_size:
+            below = self.step_rows // self.micro_batch_size * self.micro_batch_size
+            near = [n for n in (below, below + self.micro_batch_size) if n]
+            self.refuse("rows_per_step", f"wanted a multiple of micro_batch_size, as {near}")
 
 
 if __name__ == "__main__":
@@ -135,9 +147,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, distributed, metrics, micro_batch, optim, provenance
-from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory
+from nanosynth import checkpoint
+from nanosynth.data import bins
+from nanosynth.device import (
+    autocast,
+    choose_dtype,
+    device_name,
+    keep_freed_memory,
+    peak_flops,
+)
 from nanosynth.files import write_atomically
+from nanosynth.training import distributed, micro_batch, optim, provenance
+from nanosynth.training.log import Console, MetricsFile, RunLog, WandbThread
 
 MIN_LOSS_SCALE = 1.0  # below it float16 gradients underflow, and the run only seems to train
 
@@ -148,7 +169,7 @@ def model_config(config: TrainConfig) -> GPTConfig:
         n_head=config.n_head,
         n_embd=config.n_embd,
         block_size=config.block_size,
-        vocab_size=chat.VOCAB_SIZE,
+        vocab_size=tokenizer.VOCAB_SIZE,
         dropout=config.dropout,
         bias=config.bias,
     )
@@ -167,27 +188,27 @@ def fit_micro_batch(config: TrainConfig, world: distributed.World) -> TrainConfi
 
     size = micro_batch.largest(
         build,
-        rows_per_step=config.rows_per_step,
+        rows_per_step=config.step_rows,
         block_size=config.block_size,
         dtype=choose_dtype(config.dtype, world.device),
         world=world,
     )
-    n_steps = config.rows_per_step // size
+    n_steps = config.step_rows // size
     if world.is_main:
         print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
-    return replace(config, micro_batch_size=size, gradient_accumulation_steps=n_steps)
+    return replace(config, micro_batch_size=size, gradient_accumulation_steps=0)
 
 
-def row_order(config: TrainConfig, split: dataset.Split) -> dataset.RowOrder:
-    return dataset.RowOrder(
+def row_order(config: TrainConfig, split: bins.Split) -> bins.RowOrder:
+    return bins.RowOrder(
         n_rows=split.n_rows(config.block_size),
         micro_batch_size=config.micro_batch_size,
-        micro_batches_per_step=config.gradient_accumulation_steps,
+        micro_batches_per_step=config.step_rows // config.micro_batch_size,
         seed=config.seed,
     )
 
 
-def count_steps(config: TrainConfig, order: dataset.RowOrder) -> int:
+def count_steps(config: TrainConfig, order: bins.RowOrder) -> int:
     """Optimizer steps of the run; the last step of an epoch is filled up from the next one."""
     steps = config.max_steps or math.ceil(config.epochs * order.n_rows / order.rows_per_step)
     if steps <= config.warmup_steps:
@@ -201,13 +222,14 @@ def count_steps(config: TrainConfig, order: dataset.RowOrder) -> int:
 
 def check_divides(config: TrainConfig, world_size: int) -> None:
     """Every rank takes as many micro-batches as any other."""
-    micro_batches = config.gradient_accumulation_steps
-    if micro_batches % world_size:
-        below = micro_batches // world_size * world_size
-        near = [n for n in (below, below + world_size) if n]
-        wanted = " or ".join(f"--gradient_accumulation_steps={n}" for n in near)
-        found = f"gradient_accumulation_steps={micro_batches}"
-        raise UserError(f"{found} does not divide over {world_size} GPUs; use {wanted}")
+    at_once = config.micro_batch_size * world_size
+    if config.step_rows % at_once:
+        below = config.step_rows // at_once * at_once
+        wanted = " or ".join(f"--rows_per_step={n}" for n in (below, below + at_once) if n)
+        raise UserError(
+            f"rows_per_step={config.step_rows} does not divide over {world_size} GPUs that take "
+            f"micro_batch_size={config.micro_batch_size} each; use {wanted}"
+        )
 
 
 def train_step(
@@ -215,7 +237,7 @@ def train_step(
     optimizer: torch.optim.Optimizer | optim.Muon,
     scaler: torch.amp.GradScaler,
     guard: optim.SpikeGuard,
-    batches: Iterable[tuple[int, dataset.Batch]],
+    batches: Iterable[tuple[int, bins.Batch]],
     *,
     n_micro_steps: int,
     n_targets: int,
@@ -261,8 +283,8 @@ def train_step(
     return torch.stack([loss, grad_norm, loss_scale, guard.n_skipped])
 
 
-def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
-    train, val = (dataset.Split(config.data_dir, name) for name in dataset.SPLITS)
+def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
+    train, val = (bins.Split(config.data_dir, name) for name in bins.SPLITS)
     for split in (train, val):
         if not split.n_rows(config.block_size):
             raise UserError(
@@ -272,12 +294,12 @@ def open_splits(config: TrainConfig) -> tuple[dataset.Split, dataset.Split]:
     return train, val
 
 
-def identity(config: TrainConfig, train: dataset.Split) -> dict:
+def identity(config: TrainConfig, train: bins.Split) -> dict:
     """What must not change within a run: the model, the data, and the order in which it is seen."""
     return {
         "model": asdict(model_config(config)),
         "seed": config.seed,
-        "rows_per_step": config.micro_batch_size * config.gradient_accumulation_steps,
+        "rows_per_step": config.step_rows,
         "loss_on": config.loss_on,
         "optimizer": config.optimizer,
         "data_sha256": train.sha256,
@@ -326,7 +348,7 @@ class Training(NamedTuple):
     metrics_bytes: int  # of metrics.jsonl that the checkpoint knows
 
 
-def build(config: TrainConfig, world: distributed.World, train_split: dataset.Split) -> Training:
+def build(config: TrainConfig, world: distributed.World, train_split: bins.Split) -> Training:
     """A new run, or one restored from its checkpoint. Call on every rank."""
     dtype = choose_dtype(config.dtype, world.device)
     if world.device.type == "cpu":
@@ -377,7 +399,7 @@ def build(config: TrainConfig, world: distributed.World, train_split: dataset.Sp
 @torch.no_grad()
 def evaluate(
     training: Training,
-    split: dataset.Split,
+    split: bins.Split,
     world: distributed.World,
     config: TrainConfig,
     *,
@@ -389,7 +411,7 @@ def evaluate(
     size = config.micro_batch_size
     for start in range(world.rank * size, n_rows, world.size * size):
         rows = list(range(start, min(start + size, n_rows)))
-        batch = dataset.read_batch(split, rows, config.block_size, config.loss_on)
+        batch = bins.read_batch(split, rows, config.block_size, config.loss_on)
         with autocast(world.device, training.dtype):
             losses = training.raw_model(*batch.to(world.device))
         totals[0] += losses.double().sum()
@@ -400,7 +422,7 @@ def evaluate(
 
 
 def save(
-    config: TrainConfig, step: int, training: Training, log: metrics.RunLog, val_loss: float | None
+    config: TrainConfig, step: int, training: Training, log: RunLog, val_loss: float | None
 ) -> bool:
     """Whether the checkpoint of `step` is published; a full disk costs it, not the run."""
     run_dir = Path(config.out_dir)
@@ -446,11 +468,10 @@ def check_health(config: TrainConfig, records: list[dict]) -> None:
 
 def open_log(
     config: TrainConfig,
-    origins: dict[str, str],
     world: distributed.World,
     training: Training,
     max_steps: int,
-) -> metrics.RunLog:
+) -> RunLog:
     """The run's log; rank 0 writes config.json and says what is about to run."""
     name = device_name(world.device)
     outputs = None
@@ -475,7 +496,7 @@ def open_log(
             ),
         }
         write_atomically(run_dir / "config.json", json.dumps(facts, indent=2))
-        print(settings.describe(config, origins))
+        print(settings.describe(config))
         print(
             f"{facts['parameters']:,} parameters, {max_steps:,} steps of "
             f"{facts['tokens_per_step']:,} tokens, {world.size} x {name}, {facts['dtype']}, "
@@ -484,43 +505,41 @@ def open_log(
         )
         wandb = None
         if config.wandb != "disabled":
-            wandb = metrics.WandbThread(
+            wandb = WandbThread(
                 mode=config.wandb,
                 project=config.wandb_project,
                 name=config.wandb_run_name or run_dir.name,
                 folder=run_dir,
                 config=asdict(config),
             )
-        file = metrics.MetricsFile(run_dir / "metrics.jsonl", training.metrics_bytes)
-        outputs = (file, metrics.Console(training.first_step, max_steps), wandb)
-    return metrics.RunLog(
+        file = MetricsFile(run_dir / "metrics.jsonl", training.metrics_bytes)
+        outputs = (file, Console(training.first_step, max_steps), wandb)
+    return RunLog(
         outputs,
         device=world.device,
         n_devices=world.size,
-        peak=metrics.peak_flops(name, training.dtype),
+        peak=peak_flops(name, training.dtype),
     )
 
 
-def main(config: TrainConfig, origins: dict[str, str]) -> None:
+def main(config: TrainConfig) -> None:
     splits = open_splits(config)
     with distributed.start(config.device, config.hang_seconds) as world:
         config = fit_micro_batch(config, world)
         try:
-            run(config, origins, world, splits)
+            run(config, world, splits)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
             raise UserError(
-                f"{reason} at micro_batch_size={config.micro_batch_size}; halve it and double "
-                f"--gradient_accumulation_steps ({config.gradient_accumulation_steps}): the steps "
-                "stay the same; or use --gradient_checkpointing=True"
+                f"{reason} at micro_batch_size={config.micro_batch_size}; halve it, the steps stay "
+                "the same; or use --gradient_checkpointing=True"
             ) from error
 
 
 def run(
     config: TrainConfig,
-    origins: dict[str, str],
     world: distributed.World,
-    splits: tuple[dataset.Split, dataset.Split],
+    splits: tuple[bins.Split, bins.Split],
 ) -> None:
     """Build, train, close. Its own function, so that DDP is gone before the process group: the last
     reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
@@ -530,7 +549,7 @@ def run(
     max_steps = count_steps(config, order)
     stop = distributed.StopSignal()
     training = build(config, world, splits[0])
-    log = open_log(config, origins, world, training, max_steps)
+    log = open_log(config, world, training, max_steps)
     if training.first_step >= max_steps:
         log.say(f"the run is complete: {training.first_step} steps in {config.out_dir}")
     else:
@@ -542,10 +561,10 @@ def loop(
     config: TrainConfig,
     world: distributed.World,
     training: Training,
-    log: metrics.RunLog,
+    log: RunLog,
     stop: distributed.StopSignal,
-    splits: tuple[dataset.Split, dataset.Split],
-    order: dataset.RowOrder,
+    splits: tuple[bins.Split, bins.Split],
+    order: bins.RowOrder,
     max_steps: int,
 ) -> None:
     """One pass for each step: evaluate and save what is due, then train. Call on every rank.
@@ -599,9 +618,9 @@ def train_one(
     config: TrainConfig,
     world: distributed.World,
     training: Training,
-    log: metrics.RunLog,
-    split: dataset.Split,
-    order: dataset.RowOrder,
+    log: RunLog,
+    split: bins.Split,
+    order: bins.RowOrder,
     step: int,
     max_steps: int,
 ) -> None:
@@ -615,7 +634,7 @@ def train_one(
         decay=config.decay,
     )
     optim.set_learning_rate(training.optimizer, learning_rate)
-    n_targets = dataset.count_targets(split, order.step(step), config.block_size, config.loss_on)
+    n_targets = bins.count_targets(split, order.step(step), config.block_size, config.loss_on)
     numbers = order.numbers(step, world.rank, world.size)
     stats = train_step(
         training.model,
@@ -643,11 +662,11 @@ def train_one(
 
 
 def read_micro_batch(
-    config: TrainConfig, split: dataset.Split, order: dataset.RowOrder, number: int
-) -> dataset.Batch:
-    return dataset.read_batch(split, order.micro_batch(number), config.block_size, config.loss_on)
+    config: TrainConfig, split: bins.Split, order: bins.RowOrder, number: int
+) -> bins.Batch:
+    return bins.read_batch(split, order.micro_batch(number), config.block_size, config.loss_on)
 
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        distributed.record(main)(*arguments)  # torchrun's last words are the first error
+        distributed.record(main)(arguments)  # torchrun's last words are the first error

@@ -20,18 +20,21 @@ import torch
 import transformers
 
 import eval_ppl
-from bench import random_bins
 from benchmarks import alternate
 from benchmarks.alternate import Contender
 from benchmarks.compare_sampling import SHAPE, as_transformers, gpt_config
+from benchmarks.step import random_bins
 from model import GPT
-from nanosynth import dataset, distributed, settings
-from nanosynth.device import choose_device, choose_dtype, speed_up_inference
+from nanosynth import settings
+from nanosynth.data import bins
+from nanosynth.device import choose_device, choose_dtype
+from nanosynth.inference.cpu import speed_up_inference
 from nanosynth.settings import setting
+from nanosynth.training import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(settings.Settings):
     """Tokens/s of evaluation, ours against transformers'."""
 
     config: str = setting("", "take the shape of this config file of ours")
@@ -97,7 +100,7 @@ def peer(config: EvaluationConfig, ids: np.ndarray) -> Callable[[], float]:
 
 def work(config: EvaluationConfig) -> None:
     """A worker: a pass over the rows for each line that it reads."""
-    split = dataset.Split(config.data_dir, "val")
+    split = bins.Split(config.data_dir, "val")
     n_rows = min(config.n_rows, split.n_rows(config.block_size))
     ids = split.ids(0, n_rows * config.block_size + 1)
     score = {"ours": ours, "transformers": peer}[config.worker](config, ids)
@@ -106,7 +109,7 @@ def work(config: EvaluationConfig) -> None:
         print(f"loss {score():.6f}")
 
 
-def main(config: EvaluationConfig, origins: dict[str, str]) -> None:
+def main(config: EvaluationConfig) -> None:
     if config.worker:
         work(config)
         return
@@ -118,7 +121,7 @@ def main(config: EvaluationConfig, origins: dict[str, str]) -> None:
         data_dir = config.data_dir or random_bins(
             f"{folder}/data", shape.block_size, n_val_rows=config.n_rows
         )
-        n_rows = min(config.n_rows, dataset.Split(data_dir, "val").n_rows(shape.block_size))
+        n_rows = min(config.n_rows, bins.Split(data_dir, "val").n_rows(shape.block_size))
         values = {name: getattr(shape, name) for name in SHAPE}
         values |= {"batch_size": config.batch_size, "n_rows": n_rows, "dtype": config.dtype}
         flags = [f"--{name}={value}" for name, value in values.items()]
@@ -144,4 +147,4 @@ def main(config: EvaluationConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(EvaluationConfig))
+        main(settings.from_argv(EvaluationConfig))

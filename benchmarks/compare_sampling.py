@@ -21,8 +21,10 @@ import transformers
 from benchmarks import alternate
 from benchmarks.alternate import Contender
 from model import GPT, GPTConfig
-from nanosynth import chat, generation, settings
-from nanosynth.device import choose_device, choose_dtype, speed_up_inference
+from nanosynth import settings, tokenizer
+from nanosynth.device import choose_device, choose_dtype
+from nanosynth.inference import generation
+from nanosynth.inference.cpu import speed_up_inference
 from nanosynth.settings import setting
 
 PROMPT = list(range(1000, 1016))
@@ -31,7 +33,7 @@ TEMPERATURE, TOP_K = 0.8, 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(settings.Settings):
     """Tokens/s of generation, ours against nanoGPT's and transformers'."""
 
     nanogpt: str = setting("", "a checkout of github.com/karpathy/nanoGPT; empty: without it")
@@ -52,7 +54,7 @@ class SamplingConfig:
 
 def gpt_config(config: SamplingConfig) -> GPTConfig:
     given = settings.read_config(config.config) if config.config else vars(config)
-    return GPTConfig(vocab_size=chat.VOCAB_SIZE, **{name: given[name] for name in SHAPE})
+    return GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **{name: given[name] for name in SHAPE})
 
 
 def ours(config: SamplingConfig) -> Callable[[int], int]:
@@ -63,13 +65,18 @@ def ours(config: SamplingConfig) -> Callable[[int], int]:
     dtype = choose_dtype(config.dtype, device)
     model.to(device, dtype).eval()
     speed_up_inference(model, dtype)
-    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": 1.0, "seed": 0}
-    sampling["cuda_graph"] = device.type == "cuda"
     numbers = list(range(config.batch_size))
 
     def generate(n_tokens: int) -> int:
+        sampling = generation.Sampling(
+            max_new_tokens=n_tokens,
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            seed=0,
+            cuda_graph=device.type == "cuda",
+        )
         prompts = [PROMPT] * config.batch_size
-        texts = generation.generate(model, prompts, numbers, max_new_tokens=n_tokens, **sampling)
+        texts = generation.generate(model, prompts, numbers, sampling)
         return sum(map(len, texts))
 
     return generate
@@ -112,7 +119,7 @@ def peer(config: SamplingConfig) -> Callable[[int], int]:
             temperature=TEMPERATURE,
             top_k=TOP_K,
             top_p=1.0,
-            pad_token_id=chat.END_OF_TEXT,
+            pad_token_id=tokenizer.END_OF_TEXT,
         )
         return ids[:, len(PROMPT) :].numel()
 
@@ -180,7 +187,7 @@ def contenders(config: SamplingConfig, weights: Path) -> list[Contender]:
     return found
 
 
-def main(config: SamplingConfig, origins: dict[str, str]) -> None:
+def main(config: SamplingConfig) -> None:
     if config.worker:
         work(config)
         return
@@ -208,4 +215,4 @@ def main(config: SamplingConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(SamplingConfig))
+        main(settings.from_argv(SamplingConfig))

@@ -10,15 +10,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import random_bins
 from benchmarks import alternate
 from benchmarks.alternate import Contender
+from benchmarks.step import random_bins
 from nanosynth import settings
 from nanosynth.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartConfig:
+class StartConfig(settings.Settings):
     """Seconds to the first step, ours against nanoGPT's."""
 
     nanogpt: str = setting("", "a checkout of github.com/karpathy/nanoGPT")
@@ -28,7 +28,7 @@ class StartConfig:
     json: str = setting("", "file for the figures")
 
 
-def main(config: StartConfig, origins: dict[str, str]) -> None:
+def main(config: StartConfig) -> None:
     ours = settings.read_config(config.config)
     with tempfile.TemporaryDirectory() as folder:
         data = random_bins(str(Path(folder) / "data"), ours["block_size"])
@@ -63,4 +63,4 @@ def main(config: StartConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(StartConfig))
+        main(settings.from_argv(StartConfig))

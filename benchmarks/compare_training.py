@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from bench import random_bins
 from benchmarks import alternate
 from benchmarks.alternate import Contender
+from benchmarks.step import random_bins
 from nanosynth import UserError, settings
 from nanosynth.settings import setting
 
@@ -23,7 +23,7 @@ SIZES = (*SHAPE, "micro_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(settings.Settings):
     """Tokens/s of training, ours against nanoGPT's and the Trainer's."""
 
     nanogpt: str = setting("", "a checkout of github.com/karpathy/nanoGPT; empty: without it")
@@ -109,12 +109,14 @@ def pairs(names: list[str]) -> list[tuple[str, str]]:
     return [*found, (ours[0], ours[1])]
 
 
-def main(config: CompareConfig, origins: dict[str, str]) -> None:
+def main(config: CompareConfig) -> None:
     sizes = {name: getattr(config, name) for name in SIZES}
     if config.config:
         given = settings.read_config(config.config)
         sizes |= {name: given[name] for name in SIZES if name in given}
-    sizes |= {name: getattr(config, name) for name in SIZES if origins[name] == "command line"}
+    sizes |= {
+        name: getattr(config, name) for name in SIZES if config.origins.get(name) == "command line"
+    }
     with tempfile.TemporaryDirectory() as folder:
         random_bins(str(Path(folder) / "data"), sizes["block_size"])
         speeds, lines = alternate.alternate(
@@ -132,4 +134,4 @@ def main(config: CompareConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(CompareConfig))
+        main(settings.from_argv(CompareConfig))

@@ -10,7 +10,7 @@ from nanosynth.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
+class TrainerConfig(settings.Settings):
     """Train GPT2LMHeadModel with the Trainer until the process is ended."""
 
     data_dir: str = setting("", "prepared bins")
@@ -26,24 +26,25 @@ class TrainerConfig:
     compile: bool = setting(False, "the Trainer's torch_compile")
 
 
-def main(config: TrainerConfig, origins: dict[str, str]) -> None:
+def main(config: TrainerConfig) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-    from nanosynth import chat, dataset
+    from nanosynth import tokenizer
+    from nanosynth.data import bins
 
-    split = dataset.Split(config.data_dir, "train")
+    split = bins.Split(config.data_dir, "train")
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return split.n_rows(config.block_size)
 
         def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-            ids = dataset.read_batch(split, [row], config.block_size, "all").ids[0]
+            ids = bins.read_batch(split, [row], config.block_size, "all").ids[0]
             return {"input_ids": ids, "labels": ids}  # the model shifts them itself
 
     shape = GPT2Config(
-        vocab_size=chat.VOCAB_SIZE,
+        vocab_size=tokenizer.VOCAB_SIZE,
         n_positions=config.block_size,
         n_embd=config.n_embd,
         n_layer=config.n_layer,
@@ -74,4 +75,4 @@ def main(config: TrainerConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(TrainerConfig))
+        main(settings.from_argv(TrainerConfig))

@@ -10,16 +10,18 @@ import sys
 STEP = """
 import sys, time, torch
 from model import GPT, GPTConfig
-from nanosynth import chat, dataset, device
+from nanosynth import device, tokenizer
+from nanosynth.data import bins
 if {keep}:
     device.keep_freed_memory()
-split = dataset.Split("data/demo", "train")
+split = bins.Split("data/demo", "train")
 torch.manual_seed(0)
-model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=chat.VOCAB_SIZE))
+shape = dict(n_layer=4, n_head=4, n_embd=128, block_size=256)
+model = GPT(GPTConfig(**shape, vocab_size=tokenizer.VOCAB_SIZE))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 times = []
 for step in range(12):
-    batch = dataset.read_batch(split, list(range(16 * step, 16 * step + 16)), 256, "assistant")
+    batch = bins.read_batch(split, list(range(16 * step, 16 * step + 16)), 256, "assistant")
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(*batch).mean()

@@ -27,7 +27,7 @@ TEXT_BYTES = 1360  # of a row before the additions below: makes a file of the re
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(settings.Settings):
     """Time and memory of prepare.py on a made file of OpenHermes-2.5's size."""
 
     conversations: str = setting("", "JSON array of real conversations, whose text is rearranged")
@@ -218,7 +218,7 @@ def measure(config: BenchmarkConfig, n_rows: int) -> dict:
     }
 
 
-def main(config: BenchmarkConfig, origins: dict[str, str]) -> None:
+def main(config: BenchmarkConfig) -> None:
     if not config.conversations:
         raise UserError("wanted --conversations=FILE.json of real conversations")
     Path(config.folder).mkdir(parents=True, exist_ok=True)
@@ -239,4 +239,4 @@ def main(config: BenchmarkConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(BenchmarkConfig))
+        main(settings.from_argv(BenchmarkConfig))

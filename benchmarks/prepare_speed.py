@@ -24,15 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RAW = """
 import os, sys, time
 from itertools import islice
-from nanosynth import chat, sources
-from nanosynth.rows import Reject, conversation
+from nanosynth import tokenizer
+from nanosynth.data import sources
+from nanosynth.data.conversations import Reject, conversation
 def texts(row):
     try:
         return [text for _, text in conversation(row)]
     except Reject:
         return []
 rows = sources.open_sources([sys.argv[1]]).rows()
-tokenizer = chat.tokenizer()
+tokenizer = tokenizer.encoding()
 seconds = tokens = 0
 while batch := list(islice(rows, 1000)):
     found = [text for row in batch for text in texts(row)]
@@ -48,7 +49,7 @@ print(tokens / seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(settings.Settings):
     """Paired ratios of prepare.py's tokens/s and raw tiktoken's."""
 
     file: str = setting("", "what prepare.py reads")
@@ -74,7 +75,7 @@ def prepared(config: BenchmarkConfig, path: str) -> float:
     return sum(counts["tokens"] for counts in meta["splits"].values()) / seconds
 
 
-def main(config: BenchmarkConfig, origins: dict[str, str]) -> None:
+def main(config: BenchmarkConfig) -> None:
     if not Path(config.file).is_file():
         raise UserError("wanted --file=FILE")
     path = str(Path(config.file).resolve())
@@ -91,4 +92,4 @@ def main(config: BenchmarkConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*settings.from_argv(BenchmarkConfig))
+        main(settings.from_argv(BenchmarkConfig))

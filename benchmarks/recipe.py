@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from nanosynth import UserError, chat, settings
+from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
 
 STEPS, TOKENS_PER_STEP = 250, 4096
@@ -86,7 +86,7 @@ TUNED = {"adamw": 3e-3, "muon": 2.4e-2}  # and the learning rate that is tried f
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeConfig:
+class RecipeConfig(settings.Settings):
     """Compare recipes at one size."""
 
     data_dir: str = setting("data/gpteacher", "prepared bins")
@@ -111,7 +111,8 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, dataset, files
+from nanosynth import checkpoint, files
+from nanosynth.data import bins
 
 
 class Run(NamedTuple):
@@ -163,12 +164,12 @@ def make_bins(config: RecipeConfig, change: str) -> str:
     folder = Path(config.out_dir) / f"bins_{change}"
     if folder.exists():
         return str(folder)
-    train, block_size = dataset.Split(config.data_dir, "train"), BASE["block_size"]
+    train, block_size = bins.Split(config.data_dir, "train"), BASE["block_size"]
     ids, mask = train.ids(0, train.n_tokens), train.mask(0, train.n_tokens)
     if change == "half":
         kept = np.arange(STEPS * TOKENS_PER_STEP // 2 + 1)
     else:  # a row is one stretch; what is left of its last document is dropped
-        starts = np.flatnonzero(np.append(True, ids[:-1] == chat.END_OF_TEXT))
+        starts = np.flatnonzero(np.append(True, ids[:-1] == tokenizer.END_OF_TEXT))
         rows = [0]
         while (next_row := np.searchsorted(starts, rows[-1] + block_size)) < len(starts):
             rows.append(starts[next_row])
@@ -195,11 +196,11 @@ def loss_of_mean(config: RecipeConfig, run_dir: Path) -> float:
             mean[key] = mean.get(key, 0.0) + tensor / LAST
     model = GPT(GPTConfig(**meta["identity"]["model"])).eval()
     model.load_state_dict(mean)
-    split, block_size = dataset.Split(config.data_dir, "val"), BASE["block_size"]
+    split, block_size = bins.Split(config.data_dir, "val"), BASE["block_size"]
     losses = []
     for row in range(BASE["eval_rows"]):
         with torch.autocast("cpu", torch.bfloat16):
-            losses.append(model(*dataset.read_batch(split, [row], block_size, "all")))
+            losses.append(model(*bins.read_batch(split, [row], block_size, "all")))
     return torch.cat(losses).double().mean().item()
 
 
@@ -283,7 +284,7 @@ def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(config: RecipeConfig, origins: dict[str, str]) -> None:
+def main(config: RecipeConfig) -> None:
     matplotlib.use("Agg")
     names = [name for name in RECIPES if name in ("adamw", *(config.recipe or RECIPES))]
     for name in BINS.keys() & names:  # before the runs, which are made side by side
@@ -303,4 +304,4 @@ def main(config: RecipeConfig, origins: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     with settings.one_line_errors():
-        main(*arguments)
+        main(arguments)

@@ -1,12 +1,32 @@
-"""Which device computes, in which dtype, and what makes a CPU faster at it."""
+"""Which device computes, in which dtype, how fast it could be, and how much memory it took."""
 
 import ctypes
+import re
+import resource
 import sys
 
 import torch
-from torch import Tensor, nn
 
 from nanosynth import UserError
+
+# Dense 16-bit peak of one device in FLOP/s, from NVIDIA's data sheets; the first name found counts.
+PEAK_FLOPS_16BIT = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -58,37 +78,24 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-class PackedLinear(nn.Module):
-    """A Linear for inference on a CPU, its weight laid out once as oneDNN reads it fastest.
-
-    A plain Linear is laid out anew at each call; inductor packs by the same two operators.
-    """
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """The device's dense peak in FLOP/s, or None where it is not known (a CPU, float32)."""
+    if dtype == torch.float32:
+        return None
+    return next(
+        (peak for name, peak in PEAK_FLOPS_16BIT.items() if re.search(rf"\b{name}\b", device_name)),
+        None,
+    )
 
 
-def speed_up_inference(model: nn.Module, dtype: torch.dtype) -> None:
-    """On a CPU, replace the model's Linears by packed ones that multiply in `dtype`, and keep freed
-    memory (what each gains: benchmarks/RESULTS.md). Nothing elsewhere, or without oneDNN.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        return
-    keep_freed_memory()
-    has_kernels = {
-        torch.float32: torch.backends.mkldnn.is_available(),
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    }
-    if not has_kernels.get(dtype, False):
-        return
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child, dtype))
+def model_flops_utilisation(flops_per_second: float, n_devices: int, peak: float | None):
+    """Achieved share of the devices' peak, or None where the peak is not known."""
+    return flops_per_second / (n_devices * peak) if peak else None
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: the GPU's allocator, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

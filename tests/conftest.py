@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import chat_row, train_run, write_jsonl
 
 import prepare
+from tiny import chat_row, train_run, write_jsonl
 
 torch.set_num_threads(1)
 
@@ -23,18 +23,18 @@ def conversations_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bins(tmp_path_factory, conversations_file):
+def tiny_bins(tmp_path_factory, conversations_file):
     data_dir = tmp_path_factory.mktemp("data") / "tiny"
     config = prepare.PrepareConfig(
         source=str(conversations_file), data_dir=str(data_dir), val_fraction=0.1, num_threads=1
     )
-    prepare.main(config, {})
+    prepare.main(config)
     return str(data_dir)
 
 
 @pytest.fixture(scope="session")
-def run_dir(tmp_path_factory, bins):
+def run_dir(tmp_path_factory, tiny_bins):
     """A finished run of six steps; tests that change it take a copy."""
     out_dir = tmp_path_factory.mktemp("out") / "tiny"
-    train_run(bins, out_dir, save_interval=3, eval_interval=3)
+    train_run(tiny_bins, out_dir, save_interval=3, eval_interval=3)
     return out_dir

@@ -6,9 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from tiny import RUN, SCRIPTS, command, flags, losses, read_metrics, torchrun
 
 from nanosynth import checkpoint
+from tiny import RUN, SCRIPTS, command, flags, losses, read_metrics, torchrun
 
 
 def succeed(done: subprocess.CompletedProcess) -> str:
@@ -56,10 +56,10 @@ def test_from_conversations_to_samples(conversations_file, tmp_path):
     assert "step_000005/model.safetensors has 1000 bytes" in torn
 
 
-def test_a_torn_checkpoint_is_said_aloud(bins, run_dir, tmp_path):
+def test_a_torn_checkpoint_is_said_aloud(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     os.truncate(out_dir / "step_000006" / checkpoint.MODEL, 1000)
-    done = command("train.py", *flags(**{**RUN, "data_dir": bins, "out_dir": out_dir}))
+    done = command("train.py", *flags(**{**RUN, "data_dir": tiny_bins, "out_dir": out_dir}))
     assert "damaged checkpoint" in succeed(done) and "step_000006" in done.stdout
     assert losses(read_metrics(out_dir)) == losses(read_metrics(run_dir))
 
@@ -107,8 +107,8 @@ def test_bad_input_is_answered_with_one_line(arguments, wanted):
     assert wanted in fail(command(*arguments))
 
 
-def test_warmup_longer_than_the_run(bins, tmp_path):
-    settings = {**RUN, "data_dir": bins, "out_dir": tmp_path, "warmup_steps": 1000}
+def test_warmup_longer_than_the_run(tiny_bins, tmp_path):
+    settings = {**RUN, "data_dir": tiny_bins, "out_dir": tmp_path, "warmup_steps": 1000}
     said = fail(command("train.py", *flags(**settings)))
     assert "warmup_steps=1000, but the run has 6 steps" in said and "--warmup_steps=0" in said
 

@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from tiny import CPU, random_ids, tiny_model
 
-from nanosynth.device import PackedLinear, autocast, speed_up_inference
+from nanosynth.device import autocast
+from nanosynth.inference.cpu import PackedLinear, speed_up_inference
+from tiny import CPU, random_ids, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import ALONE, tiny_model
 
 import eval_ppl
-from nanosynth import UserError, chat, dataset
+from nanosynth import UserError, tokenizer
+from nanosynth.data import bins
+from tiny import ALONE, tiny_model
 
 
 @pytest.mark.parametrize("n_tokens", [2, 3, 16, 17, 18, 50, 65])
@@ -47,9 +48,9 @@ def test_score_equals_a_naive_loop(stride, batch_size):
 
 def test_perplexity_by_hand():
     # Two documents of three tokens: "Hi" " Hi" end; the first token of all is not scored.
-    ids = np.array([17250, 15902, chat.END_OF_TEXT] * 2)
+    ids = np.array([17250, 15902, tokenizer.END_OF_TEXT] * 2)
     mask = np.array([0, 1, 0, 0, 1, 0], dtype=np.uint8)
-    assert chat.token_bytes()[ids].tolist() == [2, 3, 0] * 2
+    assert tokenizer.token_bytes()[ids].tolist() == [2, 3, 0] * 2
     losses = np.log([2.0, 4.0, 8.0, 2.0, 16.0])
     found = eval_ppl.summarise(losses, ids, mask, seed=0)
     assert found["all"]["perplexity"] == pytest.approx(2 ** (11 / 5))
@@ -82,15 +83,15 @@ def test_bootstrap_resamples_documents_and_not_tokens():
     assert (low, high) == (pytest.approx(math.exp(1.0)), pytest.approx(math.exp(3.0)))
 
 
-def test_whole_evaluation(bins, run_dir, tmp_path, capsys):
+def test_whole_evaluation(tiny_bins, run_dir, tmp_path, capsys):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     results = []
     for changes in ({}, {"batch_size": 1}, {"stride": 4}):
         config = eval_ppl.EvalConfig(run=str(out_dir), dtype="float32", device="cpu", **changes)
-        eval_ppl.main(config, {})
+        eval_ppl.main(config)
         results.append(json.loads((out_dir / "eval_ppl.json").read_text()))
     plain, one_by_one, overlapping = results
-    split = dataset.Split(bins, "val")
+    split = bins.Split(tiny_bins, "val")
     assert plain["all"]["tokens"] == split.n_tokens - 1
     assert plain["assistant"]["tokens"] == split.mask(1, split.n_tokens - 1).sum()
     assert plain["documents"] == split.meta["splits"]["val"]["documents"]
@@ -103,4 +104,4 @@ def test_whole_evaluation(bins, run_dir, tmp_path, capsys):
 def test_stride_past_the_context_is_refused(run_dir):
     config = eval_ppl.EvalConfig(run=str(run_dir), stride=17, device="cpu")
     with pytest.raises(UserError, match="--stride=17 is more than the context, 16"):
-        eval_ppl.main(config, {})
+        eval_ppl.main(config)

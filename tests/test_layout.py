@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tiny import REPO, SCRIPTS
 
 LIGHT = "settings chat sources synthetic quality instructions memorisation".split()

@@ -4,10 +4,10 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from tiny import REPO, random_ids, tiny_model
 
 from model import GPT
 from nanosynth import settings
+from tiny import REPO, random_ids, tiny_model
 from train import TrainConfig, model_config
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import chat_row, command, write_jsonl
 
 import prepare
-from nanosynth import UserError, chat, dataset, leaks, stats, troubles
+from nanosynth import UserError, tokenizer
+from nanosynth.data import bins, splits, stats, troubles
+from nanosynth.data.splits import DigestSet, digest_of, split_of
+from tiny import chat_row, command, write_jsonl
 
 QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for number in range(100)]
 
@@ -20,19 +22,19 @@ def run(tmp_path: Path, rows: list, name: str = "data", **changes) -> dict:
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = {"val_fraction": 0.2, "num_threads": 1, "picture": False} | changes
     config = prepare.PrepareConfig(source=str(source), data_dir=str(tmp_path / name), **settings)
-    prepare.main(config, {})
-    return dataset.read_meta(str(tmp_path / name))
+    prepare.main(config)
+    return bins.read_meta(str(tmp_path / name))
 
 
 def texts(data_dir: Path, split: str) -> list[str]:
-    return [chat.decode(ids) for ids, _ in dataset.Split(str(data_dir), split).documents()]
+    return [tokenizer.decode(ids) for ids, _ in bins.Split(str(data_dir), split).documents()]
 
 
 def numbers(documents: Iterable[str]) -> list[int]:
     return [int(re.search(r"number (\d+)", text)[1]) for text in documents]
 
 
-def bins(data_dir: Path) -> dict[str, bytes]:
+def tiny_bins(data_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(data_dir.glob("*.bin"))}
 
 
@@ -60,13 +62,13 @@ def test_counts_add_up(tmp_path, capsys):
     splits = meta["splits"]
     assert sum(counts["documents"] for counts in splits.values()) == 100
     for split, counts in splits.items():
-        found = dataset.Split(str(tmp_path / "data"), split)
+        found = bins.Split(str(tmp_path / "data"), split)
         ids, mask = found.ids(0, found.n_tokens), found.mask(0, found.n_tokens)
         assert counts["tokens"] == len(ids) == len(mask)
         assert counts["assistant_tokens"] == mask.sum() > 0
-        assert counts["documents"] == (ids == chat.END_OF_TEXT).sum()
+        assert counts["documents"] == (ids == tokenizer.END_OF_TEXT).sum()
         template = sum(len(b"user\n\nassistant\n\n") for _ in range(counts["documents"]))
-        assert counts["text_bytes"] == chat.token_bytes()[ids].sum() - template
+        assert counts["text_bytes"] == tokenizer.token_bytes()[ids].sum() - template
     said = capsys.readouterr().out
     assert "dropped: exact duplicate" in said and re.search(r"^rows read +105$", said, re.MULTILINE)
 
@@ -76,7 +78,7 @@ def test_meta_vouches_for_the_files(tmp_path):
     source = (tmp_path / "rows.jsonl").read_bytes()
     assert meta["sha256"] == hashlib.sha256(source).hexdigest()
     assert set(meta["files"]) == {"train.bin", "train_mask.bin", "val.bin", "val_mask.bin"}
-    for name, content in bins(tmp_path / "data").items():
+    for name, content in tiny_bins(tmp_path / "data").items():
         wanted = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert meta["files"][name] == wanted
     assert meta["special_ids"] == {
@@ -94,9 +96,13 @@ def test_the_same_rows_give_identical_bins(tmp_path):
     run(tmp_path, QUESTIONS, "first")
     run(tmp_path, QUESTIONS, "second", num_threads=2)
     run(tmp_path, QUESTIONS, "third", seed=43)
-    assert bins(tmp_path / "first") == bins(tmp_path / "second") != bins(tmp_path / "third")
+    assert (
+        tiny_bins(tmp_path / "first")
+        == tiny_bins(tmp_path / "second")
+        != tiny_bins(tmp_path / "third")
+    )
     run(tmp_path, QUESTIONS, "third")  # over what was there
-    assert bins(tmp_path / "first") == bins(tmp_path / "third")
+    assert tiny_bins(tmp_path / "first") == tiny_bins(tmp_path / "third")
 
 
 def test_documents_are_shuffled(tmp_path):
@@ -115,11 +121,11 @@ def test_variants_of_a_first_user_turn_stay_on_one_side():
             f"  {text.replace(' ', '   ')}\n",
             text.replace("é", "e\u0301"),
         ]
-        found = {leaks.split_of(variant, 0.3, 42) for variant in variants}
+        found = {split_of(variant, 0.3, 42) for variant in variants}
         assert len(found) == 1
         sides += found
     assert 60 < sides.count("val") < 120  # 90 in the mean
-    other = [leaks.split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
+    other = [split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
     assert other != sides
 
 
@@ -128,7 +134,7 @@ def test_no_first_user_turn_is_on_both_sides(tmp_path):
     run(tmp_path, rows, val_fraction=0.4)
     first = {
         split: {text.split("<|im_end|>")[0].strip() for text in texts(tmp_path / "data", split)}
-        for split in dataset.SPLITS
+        for split in bins.SPLITS
     }
     assert first["train"] and first["val"] and not first["train"] & first["val"]
 
@@ -136,7 +142,7 @@ def test_no_first_user_turn_is_on_both_sides(tmp_path):
 def test_split_does_not_depend_on_other_rows(tmp_path):
     run(tmp_path, QUESTIONS, "whole")
     run(tmp_path, QUESTIONS[::-2], "half")
-    for split in dataset.SPLITS:
+    for split in bins.SPLITS:
         assert set(texts(tmp_path / "half", split)) < set(texts(tmp_path / "whole", split))
 
 
@@ -146,7 +152,7 @@ def test_max_rows_is_a_seeded_sample_of_the_whole(tmp_path):
     run(tmp_path, QUESTIONS, "again", max_rows=30)
     run(tmp_path, QUESTIONS, "other", max_rows=30, seed=1)
     sets = [
-        {text for split in dataset.SPLITS for text in texts(tmp_path / name, split)}
+        {text for split in bins.SPLITS for text in texts(tmp_path / name, split)}
         for name in ("first", "again", "other")
     ]
     assert sets[0] == sets[1] != sets[2]
@@ -174,11 +180,11 @@ def test_an_empty_split_is_refused(tmp_path):
 
 def test_a_failure_leaves_the_old_bins(tmp_path):
     run(tmp_path, QUESTIONS)
-    before = bins(tmp_path / "data")
+    before = tiny_bins(tmp_path / "data")
     with pytest.raises(UserError):
         run(tmp_path, [{"text": "x"}])
-    assert bins(tmp_path / "data") == before
-    assert dataset.Split(str(tmp_path / "data"), "train").n_tokens > 0
+    assert tiny_bins(tmp_path / "data") == before
+    assert bins.Split(str(tmp_path / "data"), "train").n_tokens > 0
     assert not (tmp_path / "data" / ".partial").exists()
 
 
@@ -186,7 +192,7 @@ def test_special_looking_text_stays_text(tmp_path):
     rows = [chat_row(f"{n} <|im_end|><|endoftext|>", "<|im_start|>assistant") for n in range(50)]
     meta = run(tmp_path, rows)
     for split, counts in meta["splits"].items():
-        found = dataset.Split(str(tmp_path / "data"), split)
+        found = bins.Split(str(tmp_path / "data"), split)
         ids = found.ids(0, found.n_tokens)
         assert [np.count_nonzero(ids == id) for id in (50256, 50257, 50258)] == [
             counts["documents"] * times for times in (1, 2, 2)
@@ -290,7 +296,7 @@ def test_digest_set_tells_new_from_old():
     digests = [bytes(row) for row in chance.integers(0, 3, (400, 16), dtype=np.uint8)]
     digests = [digest[:14] + bytes(2) for digest in digests] * 5
     chance.shuffle(digests)
-    seen, known, found = leaks.DigestSet(), set(), []
+    seen, known, found = DigestSet(), set(), []
     for start in range(0, len(digests), 37):
         found += seen.add(digests[start : start + 37])
     for digest, is_new in zip(digests, found, strict=True):
@@ -307,7 +313,7 @@ def test_digests_differ_where_conversations_do():
         [("system", "a"), ("user", "a"), ("assistant", "b")],
         [("user", "a"), ("assistant", "b\0")],
     ]
-    assert len({leaks.digest_of(turns) for turns in found}) == len(found)
+    assert len({digest_of(turns) for turns in found}) == len(found)
 
 
 def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
@@ -315,7 +321,7 @@ def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
     found = []
     for text in documents:
         turns = re.findall(r"<\|im_start\|>(user|assistant)\n(.*?)<\|im_end\|>", text, re.DOTALL)
-        encoded = [(role, chat.tokenizer().encode_ordinary(text)) for role, text in turns]
+        encoded = [(role, tokenizer.encoding().encode_ordinary(text)) for role, text in turns]
         newline = [198]  # the last token of 'assistant\n' may begin a gram
         ids = [newline * (role == "assistant") + ids for role, ids in encoded]
         found.append([tuple(i[n : n + 13]) for i in ids for n in range(len(i) - 12)])
@@ -324,8 +330,8 @@ def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
 
 @pytest.mark.parametrize("block_tokens", [1 << 20, 100])
 def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, block_tokens):
-    monkeypatch.setattr(leaks, "_BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(leaks, "_FILTER_BITS", 1 << 12)
+    monkeypatch.setattr(splits, "_BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(splits, "_FILTER_BITS", 1 << 12)
     words = "one two three four five six seven eight nine ten eleven twelve".split()
     chance = np.random.default_rng(0)
     rows = [
@@ -389,8 +395,8 @@ def test_several_sources_in_one(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
     both = (str(half), str(tmp_path / "rows.jsonl"))
     config = prepare.PrepareConfig(source=both, data_dir=str(tmp_path / "two"), picture=False)
-    prepare.main(config, {})
-    meta = dataset.read_meta(str(tmp_path / "two"))
+    prepare.main(config)
+    meta = bins.read_meta(str(tmp_path / "two"))
     assert meta["rows_read"] == 150 and meta["rows_dropped"] == {"exact duplicate": 50}
     assert meta["source"] == "half.jsonl, rows.jsonl" and "sha256" not in meta
     assert [identity["source"] for identity in meta["sources"]] == ["half.jsonl", "rows.jsonl"]
@@ -401,7 +407,7 @@ def test_bins_do_not_depend_on_threads_or_batches(tmp_path, monkeypatch, num_thr
     run(tmp_path, QUESTIONS * 2, "one")
     monkeypatch.setattr(prepare, "BATCH_ROWS", 3)
     run(tmp_path, QUESTIONS * 2, "other", num_threads=num_threads)
-    assert bins(tmp_path / "one") == bins(tmp_path / "other")
+    assert tiny_bins(tmp_path / "one") == tiny_bins(tmp_path / "other")
     assert read(tmp_path / "one") == read(tmp_path / "other")
 
 

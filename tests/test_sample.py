@@ -5,17 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
 
 import sample
-from nanosynth import UserError, chat, generation
+from nanosynth import UserError, tokenizer
+from nanosynth.inference import generation
+from tiny import tiny_model
 
 PROMPTS = [[1, 2, 3], [50_000, 7, 9, 11, 13, 2, 40], [5], [700, 800]]
 
 
 def model_of_chat(seed: int = 0, **changes):
     """A model of the whole vocabulary whose next tokens differ much in probability."""
-    model = tiny_model(seed, vocab_size=chat.VOCAB_SIZE, block_size=24, **changes).eval()
+    model = tiny_model(seed, vocab_size=tokenizer.VOCAB_SIZE, block_size=24, **changes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -31,7 +32,7 @@ def config_of(**changes) -> sample.SampleConfig:
 
 def generate(model, prompts, numbers=None, **changes) -> list[list[int]]:
     numbers = list(range(len(prompts))) if numbers is None else numbers
-    return generation.generate(model, prompts, numbers, **sample.sampling(config_of(**changes)))
+    return generation.generate(model, prompts, numbers, sample.sampling(config_of(**changes)))
 
 
 def script_of(model, *ids: int) -> None:
@@ -51,7 +52,7 @@ def test_greedy_with_cache_equals_greedy_without():
     for prompt, found in zip(PROMPTS, generate(model, PROMPTS), strict=True):
         ids = list(prompt)
         for _ in range(8):
-            ids.append(int(model(torch.tensor([ids]))[-1, : chat.N_IDS].argmax()))
+            ids.append(int(model(torch.tensor([ids]))[-1, : tokenizer.N_IDS].argmax()))
         assert found == ids[len(prompt) :]
         assert len(set(found)) > 2  # not one token again and again
 
@@ -96,11 +97,13 @@ def test_top_k_of_one_is_greedy():
 
 def pick(logits: list[float], uniforms: list[float], **changes) -> list[int]:
     """Ids picked from logits of the first ids, all others being out of the question."""
-    padded = torch.full((len(uniforms), chat.VOCAB_SIZE), -1e9)
+    padded = torch.full((len(uniforms), tokenizer.VOCAB_SIZE), -1e9)
     padded[:, : len(logits)] = torch.tensor(logits)
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes
     drawn = torch.tensor(uniforms, dtype=torch.float64)
-    return generation.pick(padded, drawn, **settings).tolist()
+    return generation.pick(
+        padded, drawn, generation.Sampling(max_new_tokens=1, **settings)
+    ).tolist()
 
 
 # Ids 0 to 3 of probability 0.1, 0.4, 0.2, 0.3; from the likeliest down: 1, 3, 2, 0.
@@ -144,14 +147,21 @@ def test_the_largest_uniform_stays_within_the_kept_ids(changes):
 def test_a_flat_row_beside_a_steep_one_changes_nothing():
     """The flat row needs the whole vocabulary sorted; bfloat16 gives the steep one many ties."""
     generator = torch.Generator().manual_seed(0)
-    steep = 8 * torch.randn(1, chat.VOCAB_SIZE, generator=generator).bfloat16().float()
-    flat = 0.01 * torch.randn(1, chat.VOCAB_SIZE, generator=generator)
+    steep = 8 * torch.randn(1, tokenizer.VOCAB_SIZE, generator=generator).bfloat16().float()
+    flat = 0.01 * torch.randn(1, tokenizer.VOCAB_SIZE, generator=generator)
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 0.95}
     for uniform in torch.linspace(0, 0.999, 50):
-        alone = [generation.pick(row, uniform[None], **settings) for row in (steep, flat)]
-        both = generation.pick(torch.cat([steep, flat]), uniform.expand(2), **settings)
+        alone = [
+            generation.pick(row, uniform[None], generation.Sampling(max_new_tokens=1, **settings))
+            for row in (steep, flat)
+        ]
+        both = generation.pick(
+            torch.cat([steep, flat]),
+            uniform.expand(2),
+            generation.Sampling(max_new_tokens=1, **settings),
+        )
         assert both.tolist() == [picked.item() for picked in alone]
-        assert (flat > flat[0, both[1]]).sum() < 0.96 * chat.N_IDS
+        assert (flat > flat[0, both[1]]).sum() < 0.96 * tokenizer.N_IDS
 
 
 def test_temperature_sharpens():
@@ -161,16 +171,16 @@ def test_temperature_sharpens():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padding_ids_are_never_picked(temperature):
-    logits = torch.zeros(1, chat.VOCAB_SIZE)
-    logits[:, chat.N_IDS :] = 100.0
-    logits[:, chat.IM_END] = 50.0
+    logits = torch.zeros(1, tokenizer.VOCAB_SIZE)
+    logits[:, tokenizer.N_IDS :] = 100.0
+    logits[:, tokenizer.IM_END] = 50.0
     found = generation.pick(
         logits, torch.tensor([0.5]), temperature=temperature, top_k=0, top_p=1.0
     )
-    assert found.tolist() == [chat.IM_END]
+    assert found.tolist() == [tokenizer.IM_END]
 
 
-@pytest.mark.parametrize("stop", chat.STOP_IDS)
+@pytest.mark.parametrize("stop", tokenizer.STOP_IDS)
 def test_generation_stops_at_a_stop_id(stop):
     model = model_of_chat()
     script_of(model, 10, 10, 11, 12, 13, stop, 14, 14, 14, 14, 14, 14, 14)
@@ -196,17 +206,17 @@ def test_answers_are_half_the_context_at_most():
 
 def test_encode_prompt():
     assert sample.encode_prompt("Hi", config_of(template=False)) == [17250]
-    assert sample.encode_prompt("Hi", config_of()) == chat.prompt_ids([("user", "Hi")])
-    wanted = chat.prompt_ids([("system", "S"), ("user", "Hi")])
+    assert sample.encode_prompt("Hi", config_of()) == tokenizer.prompt_ids([("user", "Hi")])
+    wanted = tokenizer.prompt_ids([("system", "S"), ("user", "Hi")])
     assert sample.encode_prompt("Hi", config_of(system="S")) == wanted
 
 
 def test_streamed_text_waits_for_whole_characters(capsys):
     text = "né👩!"
-    ids = chat.tokenizer().encode_ordinary(text)
+    ids = tokenizer.encoding().encode_ordinary(text)
     assert len(ids) > 4
     model = model_of_chat()
-    script_of(model, 10, *ids, chat.IM_END)
+    script_of(model, 10, *ids, tokenizer.IM_END)
     assert sample.stream_text(model, [1, 1], 0, config_of(max_new_tokens=12)) == text
     assert capsys.readouterr().out == f"{text}\n"
 
@@ -215,7 +225,7 @@ def test_prompts_of_a_text_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("Hi\n\n  \nBye\n")
     found = sample.read_prompts(config_of(prompt="", prompts=str(path)))
-    assert found == [(chat.prompt_ids([("user", text)]), None) for text in ("Hi", "Bye")]
+    assert found == [(tokenizer.prompt_ids([("user", text)]), None) for text in ("Hi", "Bye")]
     assert len(sample.read_prompts(config_of(prompt="", prompts=str(path), num_prompts=1))) == 1
 
 
@@ -246,16 +256,21 @@ def test_no_prompts_are_refused(tmp_path, content):
         sample.read_prompts(config_of(prompt="", prompts=str(path)))
 
 
-def test_answers_to_the_validation_split(bins, run_dir, tmp_path, capfd):
+def test_answers_to_the_validation_split(tiny_bins, run_dir, tmp_path, capfd):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    settings = {"prompt": "", "prompts": f"{bins}/val.bin", "run": str(out_dir), "device": "cpu"}
+    settings = {
+        "prompt": "",
+        "prompts": f"{tiny_bins}/val.bin",
+        "run": str(out_dir),
+        "device": "cpu",
+    }
     config = config_of(**settings, dtype="float32", num_samples=2, batch_size=3, num_prompts=4)
-    sample.main(config, {})
+    sample.main(config)
     records = [json.loads(line) for line in (out_dir / "generations.jsonl").open()]
     assert len(records) == 8 and [record["sample"] for record in records] == [0, 1] * 4
     prompts = [prompt for prompt, _ in sample.read_prompts(config)]
     for record, prompt in zip(records[::2], prompts, strict=True):
-        assert record["prompt"] == chat.decode(prompt)
+        assert record["prompt"] == tokenizer.decode(prompt)
         assert record["prompt"].endswith("<|im_start|>assistant\n")
         assert record["answer"] and "<|im_end|>" not in record["answer"]
         assert record["finish"] in ("stop", "length") and 1 <= record["tokens"] <= 8
@@ -267,13 +282,13 @@ def test_answers_to_the_validation_split(bins, run_dir, tmp_path, capfd):
     assert records[0]["prompt"] in (out_dir / "generations.txt").read_text()
 
 
-def test_exact_needs_the_answer_and_its_end(bins, tmp_path):
+def test_exact_needs_the_answer_and_its_end(tiny_bins, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "Hi", "answer": " Hi"}\n')
     answers = []
-    for ids in ([15902, chat.IM_END], [15902, 15902, chat.IM_END], [15902] * 12):
+    for ids in ([15902, tokenizer.IM_END], [15902, 15902, tokenizer.IM_END], [15902] * 12):
         model = model_of_chat()
-        n_prompt = len(chat.prompt_ids([("user", "Hi")]))
+        n_prompt = len(tokenizer.prompt_ids([("user", "Hi")]))
         script_of(model, *[1] * (n_prompt - 1), *ids, *[1] * (12 - len(ids)))
         config = config_of(prompt="", prompts=str(path), max_new_tokens=len(ids))
         answers.append(sample.answer_all(model, config)[0])

@@ -3,11 +3,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from tiny import REPO
 
 import train
 from nanosynth import UserError, settings
 from nanosynth.settings import setting
+from tiny import REPO
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,11 @@ import shutil
 
 import pytest
 import torch
+
+import train
+from nanosynth import UserError, checkpoint
+from nanosynth.data import bins
+from nanosynth.training import log, optim
 from tiny import (
     ALONE,
     RUN,
@@ -15,9 +20,6 @@ from tiny import (
     train_run,
     write_bins,
 )
-
-import train
-from nanosynth import UserError, checkpoint, dataset, metrics, optim
 
 # Float32 on a CPU. If a change is meant to move them, renew them with what the failing test prints.
 GOLDEN_LOSSES = [4.171517, 4.115343, 4.031237, 3.987547, 3.88429]
@@ -40,8 +42,8 @@ def descent(model) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
 
 
-def random_batch(seed: int, rows: int = 4) -> dataset.Batch:
-    return dataset.Batch(
+def random_batch(seed: int, rows: int = 4) -> bins.Batch:
+    return bins.Batch(
         random_ids(rows, 16, seed=seed), random_ids(16 * rows, seed=seed + 1000), None
     )
 
@@ -97,11 +99,11 @@ def test_accumulation_4x1_equals_1x4_with_uneven_masks():
     ids, targets = random_ids(4, 16), random_ids(64, seed=1)
     places = [[0], list(range(16)), [2, 3, 5], [15, 1]]
     rows = [
-        dataset.Batch(ids[b : b + 1], targets[[16 * b + t for t in chosen]], torch.tensor(chosen))
+        bins.Batch(ids[b : b + 1], targets[[16 * b + t for t in chosen]], torch.tensor(chosen))
         for b, chosen in enumerate(places)
     ]
     index = torch.tensor([16 * b + t for b, chosen in enumerate(places) for t in chosen])
-    whole = dataset.Batch(ids, targets[index], index)
+    whole = bins.Batch(ids, targets[index], index)
     results, weights = [], []
     for batches in (rows, [whole]):
         model = tiny_model()
@@ -185,23 +187,23 @@ def test_metrics_have_every_step_and_their_fields(run_dir):
     assert trained[-1]["loss"] < trained[0]["loss"] - 0.3
 
 
-def test_another_eval_interval_leaves_training_as_it_is(bins, tmp_path, run_dir):
-    other = train_run(bins, tmp_path / "run", eval_interval=1, save_interval=6)
+def test_another_eval_interval_leaves_training_as_it_is(tiny_bins, tmp_path, run_dir):
+    other = train_run(tiny_bins, tmp_path / "run", eval_interval=1, save_interval=6)
     assert losses(other) == losses(read_metrics(run_dir))
     assert losses(other, "val")[2::3] == losses(read_metrics(run_dir), "val")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_three_steps_and_three_after_a_restart_equal_six(bins, tmp_path, dtype, optimizer):
+def test_three_steps_and_three_after_a_restart_equal_six(tiny_bins, tmp_path, dtype, optimizer):
     settings = {"dropout": 0.2, "dtype": dtype, "save_interval": 3, "eval_interval": 3}
     settings["optimizer"] = optimizer
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    wanted = train_run(bins, whole, **settings)
+    wanted = train_run(tiny_bins, whole, **settings)
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "step_000006")
     os.unlink(parts / "latest")
-    found = train_run(bins, parts, **settings)
+    found = train_run(tiny_bins, parts, **settings)
     assert [(r["step"], r["split"], r["loss"]) for r in found] == [
         (r["step"], r["split"], r["loss"]) for r in wanted
     ]
@@ -220,65 +222,67 @@ def test_three_steps_and_three_after_a_restart_equal_six(bins, tmp_path, dtype, 
     assert bool(states[0]["scaler"]) == (dtype == "float16")
 
 
-def test_a_complete_run_is_left_alone(bins, run_dir, tmp_path, capfd):
+def test_a_complete_run_is_left_alone(tiny_bins, run_dir, tmp_path, capfd):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    assert train_run(bins, out_dir) == read_metrics(run_dir)
+    assert train_run(tiny_bins, out_dir) == read_metrics(run_dir)
     assert "the run is complete: 6 steps" in capfd.readouterr().out
     assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
 
 
-def test_a_torn_checkpoint_is_said_aloud_and_an_older_one_taken(bins, run_dir, tmp_path, capfd):
+def test_a_torn_checkpoint_is_said_aloud_and_an_older_one_taken(
+    tiny_bins, run_dir, tmp_path, capfd
+):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     os.truncate(out_dir / "step_000006" / checkpoint.TRAIN_STATE, 100)
-    assert losses(train_run(bins, out_dir)) == losses(read_metrics(run_dir))
+    assert losses(train_run(tiny_bins, out_dir)) == losses(read_metrics(run_dir))
     said = capfd.readouterr().out
     assert "damaged checkpoint" in said and "step_000006" in said and "step      3" in said
     assert (out_dir / "step_000006.damaged").is_dir() and checkpoint.verify(out_dir / "step_000006")
 
 
-def test_a_damaged_older_checkpoint_does_not_stop_a_run(bins, run_dir, tmp_path):
+def test_a_damaged_older_checkpoint_does_not_stop_a_run(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     (out_dir / "step_000003" / checkpoint.META).write_text("torn")
-    records = train_run(bins, out_dir, max_steps=8)
+    records = train_run(tiny_bins, out_dir, max_steps=8)
     assert records[-1]["step"] == 8 and checkpoint.steps(out_dir)[-1] == 8
 
 
 @pytest.mark.parametrize(
     "changes", [{"seed": 1}, {"micro_batch_size": 1}, {"loss_on": "assistant"}]
 )
-def test_a_run_of_another_identity_is_refused(bins, run_dir, tmp_path, changes):
+def test_a_run_of_another_identity_is_refused(tiny_bins, run_dir, tmp_path, changes):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UserError, match="was made with .* this run has .*--out_dir"):
-        train_run(bins, out_dir, **changes)
+        train_run(tiny_bins, out_dir, **changes)
     assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
 
 
-def test_resume_never_and_a_run_in_the_way(bins, run_dir, tmp_path):
+def test_resume_never_and_a_run_in_the_way(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UserError, match="holds a run; use --resume=auto .* or another --out_dir"):
-        train_run(bins, out_dir, resume="never")
+        train_run(tiny_bins, out_dir, resume="never")
 
 
-def test_resume_from_another_runs_folder(bins, run_dir, tmp_path):
-    records = train_run(bins, tmp_path / "run", resume=str(run_dir / "step_000003"))
+def test_resume_from_another_runs_folder(tiny_bins, run_dir, tmp_path):
+    records = train_run(tiny_bins, tmp_path / "run", resume=str(run_dir / "step_000003"))
     assert losses(records) == losses(read_metrics(run_dir))[3:]
 
 
-def test_init_from_takes_the_weights_alone(bins, run_dir, tmp_path):
-    records = train_run(bins, tmp_path / "run", init_from=str(run_dir), seed=7)
+def test_init_from_takes_the_weights_alone(tiny_bins, run_dir, tmp_path):
+    records = train_run(tiny_bins, tmp_path / "run", init_from=str(run_dir), seed=7)
     assert [record["step"] for record in records if record["split"] == "train"] == list(range(6))
     assert losses(records)[0] < losses(read_metrics(run_dir))[0] - 0.3
     with pytest.raises(UserError, match="another shape; its settings are --n_embd=16"):
-        train_run(bins, tmp_path / "other", init_from=str(run_dir), n_embd=32)
+        train_run(tiny_bins, tmp_path / "other", init_from=str(run_dir), n_embd=32)
 
 
-def test_loss_on_assistant_counts_its_targets_alone(bins, tmp_path):
-    split = dataset.Split(bins, "train")
-    first = train_run(bins, tmp_path / "run", loss_on="assistant", dropout=0.0)[0]
-    order = dataset.RowOrder(
+def test_loss_on_assistant_counts_its_targets_alone(tiny_bins, tmp_path):
+    split = bins.Split(tiny_bins, "train")
+    first = train_run(tiny_bins, tmp_path / "run", loss_on="assistant", dropout=0.0)[0]
+    order = bins.RowOrder(
         n_rows=split.n_rows(16), micro_batch_size=2, micro_batches_per_step=2, seed=42
     )
-    batch = dataset.read_batch(split, order.step(0), 16, "assistant")
+    batch = bins.read_batch(split, order.step(0), 16, "assistant")
     assert 0 < batch.targets.numel() < 64
     config = train.TrainConfig(**RUN)
     torch.manual_seed(42)
@@ -289,29 +293,29 @@ def test_loss_on_assistant_counts_its_targets_alone(bins, tmp_path):
 def test_rows_without_an_answer_do_not_end_a_run(tmp_path):
     """Long user turns leave whole steps, and whole evaluations, without a target."""
     documents = [([7] * 17, [0] * 17)]
-    bins = write_bins(tmp_path / "data", {"train": documents * 20, "val": documents * 20})
-    records = train_run(bins, tmp_path / "run", loss_on="assistant", max_steps=3)
+    tiny_bins = write_bins(tmp_path / "data", {"train": documents * 20, "val": documents * 20})
+    records = train_run(tiny_bins, tmp_path / "run", loss_on="assistant", max_steps=3)
     assert checkpoint.steps(tmp_path / "run") == [3]
     assert [record["step"] for record in records if record["split"] == "train"] == [0, 1, 2]
     assert not any(record.get("skipped") for record in records)
 
 
-def test_a_run_that_skips_too_many_steps_ends(bins, tmp_path):
+def test_a_run_that_skips_too_many_steps_ends(tiny_bins, tmp_path):
     with pytest.raises(UserError, match="[Ss]kipped"):
-        train_run(bins, tmp_path / "run", learning_rate=1e30, grad_clip=0.0, max_steps=30,
+        train_run(tiny_bins, tmp_path / "run", learning_rate=1e30, grad_clip=0.0, max_steps=30,
                   warmup_steps=0, max_skipped_steps=3)  # fmt: skip
 
 
-def test_warmup_longer_than_the_run_is_refused(bins, tmp_path):
+def test_warmup_longer_than_the_run_is_refused(tiny_bins, tmp_path):
     with pytest.raises(
         UserError, match="warmup_steps=6, but the run has 6 steps .*--warmup_steps=0"
     ):
-        train_run(bins, tmp_path, warmup_steps=6)
+        train_run(tiny_bins, tmp_path, warmup_steps=6)
 
 
-def test_one_epoch_takes_all_rows(bins):
-    split = dataset.Split(bins, "train")
-    order = dataset.RowOrder(
+def test_one_epoch_takes_all_rows(tiny_bins):
+    split = bins.Split(tiny_bins, "train")
+    order = bins.RowOrder(
         n_rows=split.n_rows(16), micro_batch_size=2, micro_batches_per_step=2, seed=42
     )
     config = train.TrainConfig(**{**RUN, "max_steps": 0})
@@ -326,9 +330,9 @@ def test_uneven_accumulation_over_ranks_is_refused():
         train.check_divides(config, 4)
 
 
-def test_data_shorter_than_a_row_is_refused(bins, tmp_path):
+def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
     with pytest.raises(UserError, match="less than one row of block_size=1000000; use a smaller"):
-        train_run(bins, tmp_path, block_size=1_000_000)
+        train_run(tiny_bins, tmp_path, block_size=1_000_000)
 
 
 @pytest.mark.parametrize(
@@ -364,23 +368,23 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 def test_flops_and_tokens_of_a_record_agree(run_dir):
     record = read_metrics(run_dir)[0]
     assert record["tokens"] == 64 and record["mfu"] is None
-    assert metrics.peak_flops("cpu", torch.bfloat16) is None
+    assert log.peak_flops("cpu", torch.bfloat16) is None
 
 
-def test_a_run_whose_last_save_fails_says_so_and_fails(bins, tmp_path, monkeypatch):
+def test_a_run_whose_last_save_fails_says_so_and_fails(tiny_bins, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full_disk)
     with pytest.raises(UserError, match="step 6 is not saved"):
-        train_run(bins, tmp_path / "run")
+        train_run(tiny_bins, tmp_path / "run")
 
 
-def test_out_of_memory_names_the_flags(bins, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_flags(tiny_bins, tmp_path, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.21 GiB. GPU 0 has")
 
     monkeypatch.setattr(train, "run", too_large)
     wanted = r"^CUDA out of memory at micro_batch_size=2; halve it and double --gradient_acc"
     with pytest.raises(UserError, match=wanted):
-        train_run(bins, tmp_path / "run")
+        train_run(tiny_bins, tmp_path / "run")

@@ -13,10 +13,11 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from nanosynth import dataset, distributed
+from nanosynth.data import bins
+from nanosynth.training import distributed
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "prepare", "sample", "eval_ppl", "eval_tasks", "report", "export_hf")
+SCRIPTS = ("train", "prepare", "sample", "eval_ppl")
 CPU = torch.device("cpu")
 ALONE = distributed.World(rank=0, size=1, device=CPU)
 
@@ -26,7 +27,7 @@ RUN = {
     "n_embd": 16,
     "block_size": 16,
     "micro_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "rows_per_step": 4,
     "max_steps": 6,
     "warmup_steps": 2,
     "learning_rate": 1e-2,
@@ -52,7 +53,7 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = 64) -> torch.Tensor
 
 def write_bins(data_dir: Path, documents: dict[str, list[tuple[list[int], list[int]]]]) -> str:
     """Bins of these (ids, mask) documents of each split."""
-    writer = dataset.BinWriter(str(data_dir))
+    writer = bins.BinWriter(str(data_dir))
     for split, pairs in documents.items():
         for ids, mask in pairs:
             writer.add(split, ids, mask)
@@ -72,13 +73,13 @@ def chat_row(question: str, answer: str = "Yes.") -> dict:
     }
 
 
-def train_run(bins: str, out_dir: Path, **changes) -> list[dict]:
+def train_run(tiny_bins: str, out_dir: Path, **changes) -> list[dict]:
     """Train within this process; the records of metrics.jsonl."""
-    config = train.TrainConfig(**{**RUN, "data_dir": bins, "out_dir": str(out_dir), **changes})
+    config = train.TrainConfig(**{**RUN, "data_dir": tiny_bins, "out_dir": str(out_dir), **changes})
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
-        train.main(config, dict.fromkeys(train.TrainConfig.__dataclass_fields__, "test"))
+        train.main(config)
     finally:
         faulthandler.cancel_dump_traceback_later()  # train.main watches over its process
         for number, handler in zip(numbers, handlers, strict=True):

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent.parent))
+sys.path.insert(0, str(FOLDER.parent))
 
-from nanosynth.synthetic import COLOURS, DAYS, NAMES, WORDS, Draw, listed  # noqa: E402
+from make_sample import COLOURS, DAYS, NAMES, WORDS, Draw, listed  # noqa: E402
 
 ITEMS_PER_KIND = 12
 PLACES = "box bag drawer cupboard basket pocket".split()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import REPO
 
 from faults import rig
+from tiny import REPO
 
 # fault -> (trials with the other tests, trials of the campaign). The only place of counts.
 TRIALS = {

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-from nanosynth import files, metrics
+from nanosynth import files
+from nanosynth.training import log
 
 
 class Operation(NamedTuple):
@@ -60,7 +61,7 @@ def watch(before: Callable[[Operation, Callable | None], None]) -> Iterator[None
     kinds = {"fsync": "fsync", "rename": "rename", "replace": "rename", "mkdir": "mkdir"}
     kinds |= {"unlink": "remove", "rmdir": "remove"}
     with contextlib.ExitStack() as stack:
-        for module in (files, metrics):
+        for module in (files, log):
             stack.enter_context(mock.patch.object(module, "open", opened, create=True))
         for name, kind in kinds.items():
             intact = getattr(os, name)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
-from nanosynth import checkpoint, dataset, optim, settings
+from nanosynth import checkpoint, settings
+from nanosynth.data import bins
+from nanosynth.training import optim
 
 VOCABULARY = 512
 
@@ -150,7 +152,7 @@ def shorten_window(fault: Fault) -> None:
 
 PLANTS = {
     "forward": lambda fault: fail(train.GPT, "forward", fault),
-    "data": lambda fault: fail(dataset, "count_targets", fault),
+    "data": lambda fault: fail(bins, "count_targets", fault),
     "save": lambda fault: fail(checkpoint.safetensors.torch, "save", fault),
     "eval": lambda fault: fail(train, "evaluate", fault),
     "nan": lambda fault: scale_loss(fault, float("nan")),
@@ -172,7 +174,7 @@ PLANTS = {
 
 def plant(faults: str) -> None:
     """Patch train.py in this process; always the small vocabulary."""
-    train.chat.VOCAB_SIZE = VOCABULARY
+    train.tokenizer.VOCAB_SIZE = VOCABULARY
     NOW["rank"] = int(os.environ.get("RANK", 0))
     before_step(lambda config, step: None)  # keeps NOW
     for text in filter(None, faults.split(",")):
@@ -183,8 +185,8 @@ def plant(faults: str) -> None:
 def main() -> None:
     plant(sys.argv.pop(1))
     with settings.one_line_errors():
-        arguments = settings.load(train.TrainConfig, sys.argv[1:], "train.py", config_file=True)
-        train.distributed.record(train.main)(*arguments)
+        config = settings.load(train.TrainConfig, sys.argv[1:], "train.py", config_file=True)
+        train.distributed.record(train.main)(config)
     if "DONE" in os.environ:
         Path(f"{os.environ['DONE']}_{NOW['rank']}").write_text("came to its end")
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import tiny
 import torch
 import torch._dynamo  # AdamW imports it when it is built: 2 s, here paid once by the server
 
+import tiny
 import train
 from faults import plant
 from nanosynth import checkpoint, settings
@@ -49,7 +49,6 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(tiny.REPO), str(tiny.REPO / "tests")]),
 }
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-ORIGINS = dict.fromkeys(train.TrainConfig.__dataclass_fields__, "test")
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -91,15 +90,15 @@ def _train(flags: dict, fault: str, log: str, environment: dict, path: str) -> N
     torch.set_num_threads(1)
     plant.plant(fault)
     with settings.one_line_errors():
-        train.main(train.TrainConfig(**flags), ORIGINS)
+        train.main(train.TrainConfig(**flags))
 
 
 class Run:
     """A run's folder and the processes that work on it."""
 
-    def __init__(self, bins: str, out_dir: Path, *, n_ranks: int = 1, **changes):
+    def __init__(self, tiny_bins: str, out_dir: Path, *, n_ranks: int = 1, **changes):
         self.out_dir, self.n_ranks = out_dir, n_ranks
-        self.flags = {**FLAGS, "data_dir": bins, "out_dir": str(out_dir), **changes}
+        self.flags = {**FLAGS, "data_dir": tiny_bins, "out_dir": str(out_dir), **changes}
         self.log_path = out_dir.with_name(out_dir.name + ".log")
         self.seconds = 0.0  # that `finish` took
 

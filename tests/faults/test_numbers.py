@@ -6,11 +6,11 @@ import statistics
 from pathlib import Path
 
 import pytest
-from tiny import read_metrics
 
 from faults import rig
 from faults.rig import STEPS, Run
 from nanosynth import checkpoint
+from tiny import read_metrics
 
 
 def weights(folder: Path, rank: int) -> list[str]:

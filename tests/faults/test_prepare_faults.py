@@ -14,12 +14,13 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-import tiny
 from hypothesis import strategies
 
 import prepare
+import tiny
 from faults import disk, rig
-from nanosynth import UserError, chat, dataset, rows
+from nanosynth import UserError, tokenizer
+from nanosynth.data import bins, conversations
 
 QUIET = {"val_fraction": 0.5, "num_threads": 2, "picture": False}
 
@@ -30,7 +31,7 @@ def run(source: Path, data_dir: Path, **changes) -> None:
         source=str(source), data_dir=str(data_dir), **{**QUIET, **changes}
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        prepare.main(config, {})
+        prepare.main(config)
 
 
 def content(data_dir: Path) -> dict[str, str]:
@@ -45,7 +46,7 @@ def content(data_dir: Path) -> dict[str, str]:
 def is_whole(data_dir: Path) -> bool:
     """Whether train.py would take the folder; its bins are then what meta.json says."""
     try:
-        meta = dataset.read_meta(str(data_dir))
+        meta = bins.read_meta(str(data_dir))
     except UserError:
         return False
     found = content(data_dir)
@@ -233,12 +234,12 @@ def rows_of_lines(text: bytes) -> list[object]:
     return found
 
 
-def conversations_of(found: list[object]) -> list[list[chat.Turn]]:
+def conversations_of(found: list[object]) -> list[list[tokenizer.Turn]]:
     """The usable ones, each once."""
     unique = {}
     for row in found:
-        with contextlib.suppress(rows.Reject):
-            turns = rows.conversation(row)
+        with contextlib.suppress(conversations.Reject):
+            turns = conversations.conversation(row)
             unique[tuple(turns)] = turns
     return list(unique.values())
 
@@ -246,17 +247,19 @@ def conversations_of(found: list[object]) -> list[list[chat.Turn]]:
 def check(source: Path, data_dir: Path, found: list[object]) -> None:
     """Every row is counted, and what was kept comes back from the bins, text for text."""
     run(source, data_dir)
-    meta = dataset.read_meta(str(data_dir))
+    meta = bins.read_meta(str(data_dir))
     wanted = conversations_of(found)
     assert meta["rows_read"] == len(found)
     assert meta["rows_kept"] == len(wanted) == len(found) - sum(meta["rows_dropped"].values())
     documents = []
-    for name in dataset.SPLITS:
+    for name in bins.SPLITS:
         ids = np.fromfile(data_dir / f"{name}.bin", dtype="<u2")
-        parts = np.split(ids, np.flatnonzero(ids == chat.END_OF_TEXT) + 1)
+        parts = np.split(ids, np.flatnonzero(ids == tokenizer.END_OF_TEXT) + 1)
         assert not parts.pop().size
         documents += [part.tolist() for part in parts]
-    assert sorted(documents) == sorted(chat.encode_conversations([turns])[0][0] for turns in wanted)
+    assert sorted(documents) == sorted(
+        tokenizer.encode_conversations([turns])[0][0] for turns in wanted
+    )
 
 
 @hypothesis.strategies.composite
@@ -329,7 +332,7 @@ def test_bins_that_are_wrong_are_refused_with_their_place(tmp_path, clean):
         path = data_dir / name
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(UserError) as error:
-            dataset.Split(str(data_dir), "train").ids(0, 100)
+            bins.Split(str(data_dir), "train").ids(0, 100)
         return str(error.value)
 
     size = (clean / "train.bin").stat().st_size
@@ -345,9 +348,9 @@ def test_bins_that_are_wrong_are_refused_with_their_place(tmp_path, clean):
     (data_dir / "train.bin").write_bytes((clean / "train.bin").read_bytes()[:-1])
     (data_dir / "meta.json").write_text(json.dumps(odd))
     with pytest.raises(UserError, match=f"train.bin has {size - 1} bytes, .* wanted 2 to 1"):
-        dataset.read_meta(str(data_dir))
+        bins.read_meta(str(data_dir))
     copy = shutil.copytree(clean, tmp_path / "shortened")
-    split = dataset.Split(str(copy), "val")
+    split = bins.Split(str(copy), "val")
     os.truncate(copy / "val_mask.bin", 10)
     with pytest.raises(UserError, match="val_mask.bin: ends before byte 15"):
         split.mask(5, 10)

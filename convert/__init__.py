@@ -1,0 +1,1 @@
+"""Runs to other programs' formats and back."""

@@ -1,0 +1,273 @@
+"""The bin format: writing it, checking it, reading it, and the batch as a pure function.
+
+data/NAME/{train,val}.bin are little-endian uint16 token ids, documents end to end; the uint8
+{train,val}_mask.bin beside them are 1 on assistant tokens. meta.json comes last: a folder that has
+it is complete. Reads are positioned reads, not memory maps: a file shortened under a run is an
+error with its place, not a SIGBUS, and resident memory stays flat.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanosynth import UserError
+from nanosynth.files import HashedFile, sync, write_atomically
+from nanosynth.tokenizer import END_OF_TEXT, VOCAB_SIZE
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+EXTRAS = ("stats.png",)  # may stand beside them
+FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
+
+
+class BinWriter:
+    """Collects documents of both splits in reading order; `finish` shuffles and publishes them."""
+
+    def __init__(self, data_dir: str):
+        self.data_dir = Path(data_dir)
+        self.partial = self.data_dir / ".partial"
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        names = {split: (f"{split}.bin", f"{split}_mask.bin") for split in SPLITS}
+        self._spools = {
+            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20)
+            for pair in names.values()
+            for name in pair
+        }
+        self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
+        self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
+
+    def add(self, split: str, ids: Sequence[int], mask: Sequence[int]) -> None:
+        """One document. An id past 65,535 raises instead of wrapping round."""
+        if not isinstance(ids, np.ndarray):
+            ids = np.array(ids, dtype="<u2")
+        self._spools[f"{split}.bin"].write(ids.astype("<u2", casting="safe", copy=False))
+        self._spools[f"{split}_mask.bin"].write(bytes(mask))
+        self.lengths[split].append(len(ids))
+
+    def finish(self, meta: dict, seed: int) -> None:
+        """Shuffle and publish."""
+        self.shuffle(seed)
+        self.publish(meta)
+
+    def shuffle(self, seed: int) -> None:
+        """Write the bins, still unpublished, in a seeded random order of documents."""
+        for split in SPLITS:
+            lengths = np.frombuffer(self.lengths[split], dtype=np.int64)
+            order = np.random.default_rng(seed).permutation(len(lengths))
+            starts = np.cumsum(lengths) - lengths
+            for name, itemsize in ((f"{split}.bin", 2), (f"{split}_mask.bin", 1)):
+                self._write_shuffled(name, starts[order] * itemsize, lengths[order] * itemsize)
+
+    def _write_shuffled(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> None:
+        spool = self._spools[name]
+        spool.flush()
+        with HashedFile(self.partial / name) as file:
+            for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
+                places = zip(
+                    starts[first : first + 4096].tolist(),
+                    lengths[first : first + 4096].tolist(),
+                    strict=True,
+                )
+                for start, length in places:
+                    file.write(os.pread(spool.fileno(), length, start))
+        spool.close()
+        os.unlink(self.partial / f"{name}.spool")
+        self._files[name] = file.summary()
+
+    def publish(self, meta: dict, extras: Sequence[str] = ()) -> None:
+        """Put the bins in their place, with those `extras` that stand in `partial`, then meta.json.
+
+        The old meta.json goes first: never does one vouch for a mix of old and new.
+        """
+        meta = {
+            "format_version": FORMAT_VERSION,
+            **meta,
+            "vocab_size": VOCAB_SIZE,
+            "files": self._files,
+        }
+        for name in ("meta.json", *EXTRAS):
+            (self.data_dir / name).unlink(missing_ok=True)
+        sync(self.data_dir)
+        for name in (*self._files, *extras):
+            os.replace(self.partial / name, self.data_dir / name)
+        sync(self.data_dir)
+        write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
+
+    def discard(self) -> None:
+        """Remove what was not published; call it last, whatever happened."""
+        for spool in self._spools.values():
+            with contextlib.suppress(OSError):  # its last bytes, to a full disk
+                spool.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def read_meta(data_dir: str) -> dict:
+    """meta.json of a complete folder, after checking version, vocabulary and the bins' sizes."""
+    path = Path(data_dir) / "meta.json"
+    mend = f"python prepare.py --source=... --data_dir={data_dir}"
+    try:
+        meta = json.loads(path.read_text())
+        version, vocab_size = meta["format_version"], meta["vocab_size"]
+        files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
+        if sorted(files) != sorted(FILES):
+            raise ValueError("it lists other files")
+    except FileNotFoundError:
+        raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
+    if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
+        found = f"format {version}, vocabulary {vocab_size}"
+        wanted = f"format {FORMAT_VERSION}, vocabulary {VOCAB_SIZE}"
+        raise UserError(f"{path} has {found}; wanted {wanted}; run: {mend}")
+    for name, wanted_bytes in files.items():
+        bin_path = path.parent / name
+        size = bin_path.stat().st_size if bin_path.is_file() else 0
+        if size != wanted_bytes:
+            raise UserError(f"{bin_path} has {size} bytes, not {wanted_bytes}; run: {mend}")
+    for split in SPLITS:
+        found, n_masks = files[f"{split}.bin"], files[f"{split}_mask.bin"]
+        if found != 2 * n_masks:
+            said = f"{split}.bin has {found} bytes, {split}_mask.bin {n_masks}; wanted 2 to 1"
+            raise UserError(f"{path}: {said}; run: {mend}")
+    return meta
+
+
+class Split:
+    """The tokens and mask of one split, read in place."""
+
+    def __init__(self, data_dir: str, split: str):
+        self.meta = read_meta(data_dir)
+        self.path = Path(data_dir) / f"{split}.bin"
+        self.sha256 = self.meta["files"][self.path.name]["sha256"]
+        self.n_tokens = self.meta["files"][self.path.name]["bytes"] // 2
+        self._ids = os.open(self.path, os.O_RDONLY)
+        self._mask_path = Path(data_dir) / f"{split}_mask.bin"
+        self._mask = os.open(self._mask_path, os.O_RDONLY)
+
+    def ids(self, start: int, count: int) -> np.ndarray:
+        """(count,) uint16."""
+        found = np.frombuffer(self._pread(self.path, self._ids, 2 * start, 2 * count), dtype="<u2")
+        if found.size and found.max() >= VOCAB_SIZE:
+            place = start + int(found.argmax())
+            raise UserError(f"{self.path}: id {found.max()} at token {place}; prepare it again")
+        return found
+
+    def mask(self, start: int, count: int) -> np.ndarray:
+        """(count,) uint8, 1 on assistant tokens."""
+        data = self._pread(self._mask_path, self._mask, start, count)
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def _pread(self, path: Path, descriptor: int, offset: int, n_bytes: int) -> bytes:
+        data = os.pread(descriptor, n_bytes, offset)
+        if len(data) != n_bytes:
+            raise UserError(f"{path}: ends before byte {offset + n_bytes}; prepare it again")
+        return data
+
+    def n_rows(self, block_size: int) -> int:
+        """Rows of block_size + 1 tokens, each sharing its last token with the next row's first."""
+        return max(0, (self.n_tokens - 1) // block_size)
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, mask) of each document, <|endoftext|> included. Reads the split whole."""
+        ids, mask = self.ids(0, self.n_tokens), self.mask(0, self.n_tokens)
+        ends = np.flatnonzero(ids == END_OF_TEXT) + 1
+        return zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1], strict=True)
+
+
+def prompts_and_answers(ids: np.ndarray, mask: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) ids of each assistant turn of a document; an answer ends with <|im_end|>."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask, [0])).astype(np.int8)))
+    return [
+        (ids[:start].tolist(), ids[start:end].tolist())
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
+
+
+class Batch(NamedTuple):
+    """One micro-batch: what GPT.forward takes."""
+
+    ids: Tensor  # (B, T) int64
+    targets: Tensor  # (N,) int64, the tokens that count
+    logit_index: Tensor | None  # (N,) int64, their places in the flattened (B*T); None: all
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`; from pinned memory, so that the host does not wait for a GPU."""
+        pin = device.type == "cuda"
+        parts = (part if part is None or not pin else part.pin_memory() for part in self)
+        return Batch(*(p if p is None else p.to(device, non_blocking=pin) for p in parts))
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOrder:
+    """Which rows each step and micro-batch takes, by arithmetic alone.
+
+    Each epoch is a permutation of all rows, seeded by (seed, epoch); the epochs follow one another
+    without end. So the order needs no state, and is the same for any number of GPUs: micro-batches
+    are numbered through the whole run, and a step's are dealt to the ranks in turn.
+    """
+
+    n_rows: int
+    micro_batch_size: int  # rows of one micro-batch
+    micro_batches_per_step: int  # over all ranks
+    seed: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_size * self.micro_batches_per_step
+
+    def numbers(self, step: int, rank: int, world_size: int) -> range:
+        """The micro-batches that a rank takes in a step."""
+        first = step * self.micro_batches_per_step
+        return range(first + rank, first + self.micro_batches_per_step, world_size)
+
+    def micro_batch(self, number: int) -> list[int]:
+        """The rows of one micro-batch."""
+        return self._samples(number * self.micro_batch_size, self.micro_batch_size)
+
+    def step(self, step: int) -> list[int]:
+        """The rows of a whole step."""
+        return self._samples(step * self.rows_per_step, self.rows_per_step)
+
+    def epoch(self, step: int) -> float:
+        """Epochs seen before a step."""
+        return step * self.rows_per_step / self.n_rows
+
+    def _samples(self, start: int, count: int) -> list[int]:
+        places = (divmod(sample, self.n_rows) for sample in range(start, start + count))
+        return [int(_permutation(self.n_rows, self.seed, epoch)[place]) for epoch, place in places]
+
+
+def read_batch(split: Split, rows: list[int], block_size: int, loss_on: str) -> Batch:
+    """Rows as inputs and next-token targets; 'assistant' keeps the targets that the mask marks."""
+    tokens = np.stack([split.ids(row * block_size, block_size + 1) for row in rows])  # (B, T+1)
+    ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
+    targets = torch.from_numpy(tokens[:, 1:].astype(np.int64)).flatten()
+    if loss_on == "all":
+        return Batch(ids, targets, None)
+    masks = np.concatenate([split.mask(row * block_size + 1, block_size) for row in rows])
+    logit_index = torch.from_numpy(np.flatnonzero(masks))
+    return Batch(ids, targets[logit_index], logit_index)
+
+
+def count_targets(split: Split, rows: list[int], block_size: int, loss_on: str) -> int:
+    """Targets that `read_batch` would give over these rows, from the mask alone."""
+    if loss_on == "all":
+        return len(rows) * block_size
+    return sum(int(split.mask(row * block_size + 1, block_size).sum()) for row in rows)

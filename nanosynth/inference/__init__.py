@@ -1,0 +1,1 @@
+"""A run to a model, and what a model makes of prompts and texts. Imports no other wing."""

@@ -1,0 +1,73 @@
+"""How likely a model finds continuations of contexts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import GPT
+from nanosynth import tokenizer
+
+MAX_TARGETS = 8192  # scored at once: their float32 logits take 1.6 GB
+
+Pair = tuple[list[int], list[int]]  # (context, continuation), neither empty
+
+
+def fit(pair: Pair, block_size: int) -> Pair:
+    """The context cut on the left, so that the model can score the whole continuation.
+
+    The last token is a target only, so context and continuation may have block_size + 1 together.
+    """
+    context, continuation = pair
+    assert context and continuation, "wanted a context and a continuation"
+    room = block_size + 1 - len(continuation)
+    assert room > 0, f"a continuation of {len(continuation)} tokens exceeds the context"
+    return context[-room:], continuation
+
+
+def batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
+    """The pairs' numbers, longest first, at most `batch_size` and MAX_TARGETS tokens together."""
+    order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
+    found: list[list[int]] = []
+    n_targets = 0
+    for number in order:
+        n_targets += len(pairs[number][1])
+        if not found or len(found[-1]) == batch_size or n_targets > MAX_TARGETS:
+            found.append([])
+            n_targets = len(pairs[number][1])
+        found[-1].append(number)
+    return found
+
+
+@torch.inference_mode()
+def score(model: GPT, pairs: Sequence[Pair], batch_size: int) -> list[tuple[float, bool]]:
+    """(log-likelihood in nats, whether greedy decoding gives it) of each continuation.
+
+    Longest first, so that a batch that does not fit in memory is the first one.
+    """
+    device = next(model.parameters()).device
+    fitted = [fit(pair, model.config.block_size) for pair in pairs]
+    results: list[tuple[float, bool]] = [(0.0, False)] * len(fitted)
+    work = batches(fitted, batch_size)
+    for numbers in tqdm(work, unit="batch", disable=None, desc="score"):
+        width = max(len(fitted[n][0]) + len(fitted[n][1]) for n in numbers) - 1
+        inputs = np.full((len(numbers), width), tokenizer.END_OF_TEXT, dtype=np.int64)
+        index: list[int] = []
+        for row, number in enumerate(numbers):
+            context, continuation = fitted[number]
+            ids = context + continuation
+            inputs[row, : len(ids) - 1] = ids[:-1]  # padding stands on the right: never attended to
+            index += range(row * width + len(context) - 1, row * width + len(ids) - 1)
+        targets = torch.tensor([id for n in numbers for id in fitted[n][1]]).to(device)
+        places = torch.tensor(index).to(device)
+        logits = model(torch.from_numpy(inputs).to(device), logit_index=places).float()
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        right = (logits.argmax(dim=-1) == targets).tolist()
+        losses = losses.double().tolist()
+        place = 0
+        for number in numbers:
+            stop = place + len(fitted[number][1])
+            results[number] = (-sum(losses[place:stop]), all(right[place:stop]))
+            place = stop
+    return results

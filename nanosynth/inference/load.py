@@ -1,0 +1,34 @@
+"""A run's checkpoint as a model that is ready for inference: the one way to open a run."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model import GPT, GPTConfig
+from nanosynth import checkpoint
+from nanosynth.inference.cpu import speed_up_inference
+
+
+class LoadedRun(NamedTuple):
+    model: GPT  # in evaluation mode, on its device
+    path: Path  # the step folder
+    meta: dict  # its meta.json
+
+
+def load(
+    run: str, step: str = "best", *, device: torch.device, dtype: torch.dtype, cast: bool = True
+) -> LoadedRun:
+    """The model of a run's step folder, which is verified first; `run` and `step` as in
+    `checkpoint.find`. Raises UserError.
+
+    With `cast` the weights are in `dtype`; without, they stay in float32 for autocast to multiply
+    in `dtype`, as training does.
+    """
+    path = checkpoint.find(run, step)
+    meta = checkpoint.read_meta(path)
+    model = GPT(GPTConfig(**meta["identity"]["model"]))
+    model.load_state_dict(checkpoint.read_model(path, meta))
+    model.to(device, dtype if cast else torch.float32).eval()
+    speed_up_inference(model, dtype)
+    return LoadedRun(model, path, meta)

@@ -1,0 +1,211 @@
+"""What a run tells: metrics.jsonl, the console, wandb, and where its figures come from.
+
+metrics.jsonl has one JSON object a line and is the truth; the console and wandb only show it.
+"""
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanosynth.device import memory_gb, model_flops_utilisation
+
+
+class MetricsFile:
+    """metrics.jsonl, appended; a resumed run cuts off what the checkpoint does not know."""
+
+    def __init__(self, path: Path, resume_at: int):
+        self._file = open(path, "ab", buffering=0)
+        self._file.truncate(min(resume_at, self._file.tell()))
+        self._file.seek(0, os.SEEK_END)
+        self._unwritten = b""  # what a full disk has kept back
+
+    def write(self, record: dict) -> None:
+        """Append a line; while the disk refuses it, it waits in memory for the next write."""
+        had_room = not self._unwritten
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            self._write_out()
+        except OSError as error:
+            if had_room:
+                print(f"metrics wait in memory, training goes on: {error}", file=sys.stderr)
+
+    def _write_out(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def synced_size(self) -> int:
+        """Bytes on disk when all is written: what a checkpoint remembers; else OSError."""
+        self._write_out()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        with self._file:
+            self._write_out()
+
+
+class WandbThread:
+    """Sends records to wandb from a thread of its own: whatever wandb does, training goes on."""
+
+    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict):
+        self._records: queue.Queue = queue.Queue()
+        self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder)}
+        self._config = config
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict) -> None:
+        self._records.put(record)
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        self._records.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _send(self) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(**self._options, config=self._config, resume="allow")
+            while (record := self._records.get()) is not None:
+                split = record["split"]
+                values = {
+                    f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")
+                }
+                run.log(values, step=record["step"])
+            run.finish()
+        except BaseException as error:  # wandb may raise anything, and none of it ends a run
+            print(f"wandb stopped, training goes on: {error!r}", file=sys.stderr)
+
+
+class Console:
+    """A progress bar on a terminal, plain lines in a log."""
+
+    def __init__(self, first_step: int, max_steps: int):
+        self._max_steps = max_steps
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=first_step, total=max_steps, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def train(self, record: dict, eta_seconds: float) -> None:
+        loss = "skipped" if record["skipped"] else f"loss {record['loss']:.4f}"
+        mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+        text = (
+            f"{loss} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.2f} | "
+            f"scale {record['loss_scale']:g} | {record['tokens_per_second']:,.0f} tokens/s | "
+            f"mfu {mfu} | {record['memory_gb']:.1f} GB"
+        )
+        if self._bar is None:
+            minutes, seconds = divmod(int(eta_seconds), 60)
+            step = f"step {record['step']:>6}/{self._max_steps}"
+            print(f"{step} | {text} | {minutes}m{seconds:02d}s left", flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(record["step"] + 1 - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class RunLog:
+    """A run's log, on every rank; rank 0 alone has the outputs.
+
+    Steps stay on the device as tensors until `flush`, so that no step waits for the GPU.
+    """
+
+    def __init__(
+        self,
+        outputs: tuple[MetricsFile, Console, WandbThread | None] | None,
+        *,
+        device: torch.device,
+        n_devices: int,
+        peak: float | None,
+    ):
+        self._outputs = outputs
+        self._device, self._n_devices, self._peak = device, n_devices, peak
+        self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
+        self._clock = time.perf_counter()
+
+    def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
+        """Queue a step: its fields, and [loss, grad_norm, loss_scale, n_skipped] on the device."""
+        self._pending.append((fields, stats, n_tokens, flops))
+
+    def flush(self, steps_left: int) -> list[dict]:
+        """Write the queued steps and return their records; this waits for the device.
+
+        `skipped` counts the skipped steps in a row, this one included; a record of one keeps its
+        `rows`, so that the batch can be looked at.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        stats = torch.stack([stats for _, stats, _, _ in pending]).tolist()  # (steps, 4)
+        seconds = time.perf_counter() - self._clock
+        measured = self._throughput(pending, seconds)
+        records = []
+        for (fields, *_), (loss, grad_norm, scale, n_skipped) in zip(pending, stats, strict=True):
+            record = {"step": fields["step"], "split": "train", "loss": loss, **fields}
+            record |= {"grad_norm": grad_norm, "loss_scale": scale, "skipped": int(n_skipped)}
+            if not n_skipped:
+                del record["rows"]
+            records.append(record | measured)
+            self._emit(records[-1])
+        if self._outputs:
+            self._outputs[1].train(records[-1], steps_left * seconds / len(records))
+        self.restart_clock()
+        return records
+
+    def _throughput(self, pending: list[tuple], seconds: float) -> dict:
+        flops_per_second = sum(flops for *_, flops in pending) / seconds
+        return {
+            "tokens_per_second": sum(n_tokens for _, _, n_tokens, _ in pending) / seconds,
+            "mfu": model_flops_utilisation(flops_per_second, self._n_devices, self._peak),
+            "memory_gb": memory_gb(self._device),
+        }
+
+    def restart_clock(self) -> None:
+        """Leave out of the throughput what passed since the last flush (evaluation, a save)."""
+        self._clock = time.perf_counter()
+
+    def val(self, step: int, loss: float, seconds: float) -> None:
+        self._emit({"step": step, "split": "val", "loss": loss, "seconds": seconds})
+        self.say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
+
+    def say(self, text: str) -> None:
+        if self._outputs:
+            self._outputs[1].say(text)
+
+    def synced_size(self) -> int:
+        """Bytes of metrics.jsonl on disk; 0 on ranks that write none."""
+        return self._outputs[0].synced_size() if self._outputs else 0
+
+    def _emit(self, record: dict) -> None:
+        if not self._outputs:
+            return
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        file, _, wandb = self._outputs
+        file.write(finite)
+        if wandb:
+            wandb.log(finite)
+
+    def close(self) -> None:
+        for output in self._outputs or ():
+            if output:
+                output.close()

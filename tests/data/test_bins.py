@@ -1,0 +1,185 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanosynth import UserError, tokenizer
+from nanosynth.data import bins
+from tiny import CPU, write_bins
+
+END = tokenizer.END_OF_TEXT
+DOCUMENTS = {
+    "train": [([n, n + 1, n + 2, END], [0, 1, 1, 0]) for n in range(0, 40, 4)],
+    "val": [([7, 8, END], [0, 1, 0]), ([9, END], [0, 0])],
+}
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    return write_bins(tmp_path / "data", DOCUMENTS)
+
+
+def edit_meta(data_dir: str, **changes) -> None:
+    path = Path(data_dir) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_documents_come_back_whole_in_another_order(data_dir):
+    found = [
+        (ids.tolist(), mask.tolist()) for ids, mask in bins.Split(data_dir, "train").documents()
+    ]
+    assert sorted(found) == DOCUMENTS["train"]
+    assert found != DOCUMENTS["train"]
+
+
+def test_prompts_and_answers():
+    ids = np.array([1, 2, 3, 4, 5, 6, 7, END])
+    mask = np.array([0, 1, 1, 0, 0, 1, 0, 0], dtype=np.uint8)
+    assert bins.prompts_and_answers(ids, mask) == [([1], [2, 3]), ([1, 2, 3, 4, 5], [6])]
+    assert bins.prompts_and_answers(ids, np.zeros(8, dtype=np.uint8)) == []
+
+
+def test_prompts_and_answers_of_a_conversation():
+    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "So long")]
+    ids, mask = map(np.array, tokenizer.encode_conversations([turns])[0])
+    pairs = bins.prompts_and_answers(ids, mask)
+    assert [tokenizer.decode(answer) for _, answer in pairs] == [
+        "Yo<|im_end|>",
+        "So long<|im_end|>",
+    ]
+    assert [prompt for prompt, _ in pairs] == [
+        tokenizer.prompt_ids(turns[:1]),
+        tokenizer.prompt_ids(turns[:3]),
+    ]
+
+
+def test_an_id_past_uint16_raises(tmp_path):
+    writer = bins.BinWriter(str(tmp_path))
+    with pytest.raises(OverflowError):
+        writer.add("train", [65_536], [0])
+    writer.discard()
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_nothing_is_published_before_finish(tmp_path):
+    writer = bins.BinWriter(str(tmp_path))
+    writer.add("train", [1, END], [0, 0])
+    writer.discard()
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_meta_is_refused(data_dir):
+    (Path(data_dir) / "meta.json").unlink()
+    with pytest.raises(UserError, match="no meta.json.*prepare.py --source"):
+        bins.Split(data_dir, "train")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}'])
+def test_meta_that_describes_no_bins_is_refused(data_dir, content):
+    (Path(data_dir) / "meta.json").write_text(content)
+    with pytest.raises(UserError, match="not a bin description.*prepare.py --source"):
+        bins.Split(data_dir, "train")
+
+
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"vocab_size": 50_257}])
+def test_another_format_or_vocabulary_is_refused(data_dir, changes):
+    edit_meta(data_dir, **changes)
+    with pytest.raises(UserError, match="wanted format 1, vocabulary 50304.*prepare.py --source"):
+        bins.Split(data_dir, "train")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train_mask.bin", "val.bin", "val_mask.bin"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
+def test_a_bin_of_another_size_is_refused(data_dir, name, change):
+    path = Path(data_dir) / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if change == "shorter" else content + b"\0")
+    if change == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=f"{name} has .* bytes, not {len(content)}"):
+        bins.Split(data_dir, "train")
+
+
+def test_an_id_past_the_vocabulary_is_refused_with_its_place(data_dir):
+    with open(Path(data_dir) / "train.bin", "r+b") as file:
+        file.seek(2 * 13)
+        file.write(np.array([50_304], dtype="<u2").tobytes())
+    split = bins.Split(data_dir, "train")
+    assert split.ids(0, 13).size == 13
+    with pytest.raises(UserError, match="id 50304 at token 13"):
+        split.ids(5, 20)
+
+
+def test_a_file_shortened_after_opening_is_an_error(data_dir):
+    split = bins.Split(data_dir, "train")
+    os.truncate(split.path, 20)
+    assert split.ids(0, 10).size == 10
+    with pytest.raises(UserError, match="ends before byte 22"):
+        split.ids(8, 3)
+
+
+@pytest.mark.parametrize(("n_tokens", "rows"), [(0, 0), (4, 0), (5, 1), (8, 1), (9, 2), (12, 2)])
+def test_rows_share_one_token(tmp_path, n_tokens, rows):
+    document = (list(range(n_tokens)), [0] * n_tokens)
+    split = bins.Split(write_bins(tmp_path, {"train": [document]}), "train")
+    assert split.n_rows(4) == rows
+
+
+def test_rows_of_a_batch(tmp_path):
+    ids = list(range(100, 113))
+    mask = [0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1]
+    split = bins.Split(write_bins(tmp_path, {"train": [(ids, mask)]}), "train")
+    batch = bins.read_batch(split, [2, 0], 4, "all")
+    assert batch.ids.tolist() == [[108, 109, 110, 111], [100, 101, 102, 103]]
+    assert batch.targets.tolist() == [109, 110, 111, 112, 101, 102, 103, 104]
+    assert batch.logit_index is None
+    chosen = bins.read_batch(split, [2, 0], 4, "assistant")
+    assert chosen.targets.tolist() == [110, 112, 103, 104]
+    assert chosen.logit_index.tolist() == [1, 3, 6, 7]
+    assert torch.equal(chosen.ids, batch.ids)
+    assert bins.count_targets(split, [2, 0], 4, "all") == 8
+    assert bins.count_targets(split, [2, 0], 4, "assistant") == 4
+    assert all(torch.equal(a, b) for a, b in zip(chosen, chosen.to(CPU), strict=True))
+
+
+def order_of(n_rows: int, seed: int = 0, **shape) -> bins.RowOrder:
+    shape = {"micro_batch_size": 2, "micro_batches_per_step": 4} | shape
+    return bins.RowOrder(n_rows=n_rows, seed=seed, **shape)
+
+
+@pytest.mark.parametrize("n_rows", [3, 7, 8, 16, 37])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_row_exactly_once_an_epoch(n_rows, world_size):
+    order = order_of(n_rows)
+    n_steps = n_rows  # eight epochs of them
+    samples = []
+    for step in range(n_steps):
+        numbers = [n for rank in range(world_size) for n in order.numbers(step, rank, world_size)]
+        samples += [row for number in sorted(numbers) for row in order.micro_batch(number)]
+    epochs = [samples[start : start + n_rows] for start in range(0, len(samples), n_rows)]
+    assert len(epochs) == 8
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(n_rows))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert order.epoch(n_steps) == 8.0
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 999_999])
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(step):
+    order = order_of(37)
+    for world_size in (1, 2, 4):
+        per_rank = [order.numbers(step, rank, world_size) for rank in range(world_size)]
+        assert {len(numbers) for numbers in per_rank} == {4 // world_size}
+        rows = [row for ns in per_rank for number in ns for row in order.micro_batch(number)]
+        assert Counter(rows) == Counter(order.step(step))
+
+
+def test_division_into_micro_batches_leaves_the_order():
+    steps = [order_of(37).step(step) for step in range(10)]
+    other = order_of(37, micro_batch_size=1, micro_batches_per_step=8)
+    assert [other.step(step) for step in range(10)] == steps
+    assert [order_of(37, seed=1).step(step) for step in range(10)] != steps

@@ -1,0 +1,413 @@
+import gzip
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub.constants
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data import make_sample
+from nanosynth import UserError
+from nanosynth.data import conversations, json_array, sources
+from tiny import REPO, chat_row, write_jsonl
+
+HUMAN = {"from": "human", "value": "Hi"}
+GPT = {"from": "gpt", "value": "Yo"}
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+PAIR = [("user", "Hi"), ("assistant", "Yo")]
+
+
+def row(*turns: object) -> dict:
+    return {"conversations": list(turns)}
+
+
+def rows_of(*paths: object) -> list:
+    return list(sources.open_sources([str(path) for path in paths]).rows())
+
+
+@pytest.mark.parametrize(
+    ("found", "turns"),
+    [
+        (row(HUMAN, GPT), PAIR),
+        (row({"from": "system", "value": "S"}, HUMAN, GPT), [("system", "S"), *PAIR]),
+        (row({"from": "system", "value": " \n"}, HUMAN, GPT), PAIR),
+        (row(HUMAN, GPT, HUMAN, GPT), PAIR * 2),
+        (row({**HUMAN, "weight": None}, {**GPT, "weight": 1}), PAIR),
+        ({"messages": MESSAGES}, PAIR),
+        ({"conversations": [HUMAN, GPT], "id": None, "system_prompt": None, "source": "x"}, PAIR),
+        ({"instruction": "Hi", "output": "Yo"}, PAIR),
+        ({"instruction": "Hi", "input": "", "output": "Yo"}, PAIR),
+        ({"instruction": "Hi", "input": None, "output": None, "response": "Yo"}, PAIR),
+        ({"instruction": "Hi", "input": "x", "output": "Yo"}, [("user", "Hi\n\nx"), PAIR[1]]),
+        ({"instruction": "Hi", "output": "Yo", "system_prompt": "S"}, [("system", "S"), *PAIR]),
+        # A table of several sources has all their columns, null where a row has none.
+        ({"conversations": None, "messages": MESSAGES}, PAIR),
+        ({"conversations": None, "messages": None, "instruction": "Hi", "output": "Yo"}, PAIR),
+        (row({"from": None, "value": None, "role": "user", "content": "Hi"}, GPT), PAIR),
+        (row({"from": "human", "value": "  Hi\n"}, GPT), [("user", "  Hi\n"), PAIR[1]]),
+    ],
+)  # fmt: skip
+def test_each_form_of_row(found, turns):
+    assert conversations.conversation(found) == turns
+
+
+REJECTS = [
+    ("row is not an object", ["Hi"]),
+    ("row is not an object", None),
+    ("no conversations, messages or instruction", {}),
+    ("no conversations, messages or instruction", {"text": "Hi", "instruction": None}),
+    ("turns are not a list", {"conversations": "Hi"}),
+    ("turns are not a list", {"messages": {"role": "user"}}),
+    ("turn is not an object", row(HUMAN, "Yo")),
+    ("turn is not an object", row(None)),
+    ("unknown role", row(HUMAN, {"from": "tool", "value": "Yo"})),
+    ("unknown role", row(HUMAN, {"value": "Yo"})),
+    ("unknown role", row(HUMAN, {"from": ["gpt"], "value": "Yo"})),
+    ("turn without text", row(HUMAN, {"from": "gpt"})),
+    ("turn without text", row(HUMAN, {"from": "gpt", "value": 5})),
+    ("turn without text", {"instruction": "Hi"}),
+    ("turn without text", {"instruction": "Hi", "output": ["Yo"]}),
+    ("turn without text", {"instruction": 5, "output": "Yo"}),
+    ("no turns", row()),
+    ("no turns", row({"from": "system", "value": "S"})),
+    ("does not begin with the user", row(GPT)),
+    ("does not begin with the user", row(GPT, HUMAN, GPT)),
+    ("turns do not alternate", row(HUMAN, HUMAN, GPT)),
+    ("turns do not alternate", row(HUMAN, GPT, {"from": "system", "value": "S"}, HUMAN, GPT)),
+    ("empty turn", row({"from": "human", "value": ""}, GPT)),
+    ("empty turn", row(HUMAN, {"from": "gpt", "value": " \n"})),
+    ("empty turn", {"instruction": "Hi", "output": ""}),
+    ("does not end with an answer", row(HUMAN)),
+    ("does not end with an answer", row(HUMAN, GPT, HUMAN)),
+    ("text is not valid Unicode", row(HUMAN, {"from": "gpt", "value": "\ud800"})),
+    ("text is not valid Unicode", row({"from": "system", "value": "\udfff"}, HUMAN, GPT)),
+    ("line is not JSON", conversations.Reject("line is not JSON")),
+    ("spaces without end", row(HUMAN, {"from": "gpt", "value": "x" + "\n " * 500_000 + "x"})),
+]
+
+
+@pytest.mark.parametrize(("reason", "found"), REJECTS, ids=lambda value: repr(value)[:80])
+def test_each_reason_to_reject(reason, found):
+    with pytest.raises(conversations.Reject) as reject:
+        conversations.conversation(found)
+    assert str(reject.value) == reason
+
+
+def test_no_reason_is_left_untested():
+    text = "".join((REPO / f"nanosynth/{name}.py").read_text() for name in ("rows", "sources"))
+    assert set(re.findall(r'Reject\("(.+?)"[,)]', text)) == {reason for reason, _ in REJECTS}
+
+
+ROWS = [chat_row(f"Question {number}?", "Ünïcode ✓") for number in range(5)]
+
+
+def check_rows(source: sources.Source) -> None:
+    """All rows, twice, with the position at the end."""
+    for _ in range(2):
+        assert [conversations.conversation(found) for found in source.rows()] == [
+            conversations.conversation(wanted) for wanted in ROWS
+        ]
+        assert source.position == source.size
+
+
+def test_jsonl(tmp_path):
+    source = sources.open_sources([str(write_jsonl(tmp_path / "rows.jsonl", ROWS))])
+    check_rows(source)
+    assert source.identity["source"] == "rows.jsonl" and len(source.identity["sha256"]) == 64
+
+
+def test_jsonl_with_malformed_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0])
+    path.write_bytes(
+        b"\xef\xbb\xbf" + f"{good}\n\n  \n{good[:-3]}\nnot json\n{'[' * 100_000}\n".encode()
+        + b"\xff\xfe\n" + good.encode()
+    )  # fmt: skip
+    found = rows_of(path)
+    assert [isinstance(item, conversations.Reject) for item in found] == [False, *[True] * 4, False]
+    assert {str(item) for item in found[1:5]} == {"line is not JSON"}
+
+
+@pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf", b"\n  "])
+def test_json_array(tmp_path, prefix):
+    path = tmp_path / "rows.json"
+    path.write_bytes(prefix + json.dumps(ROWS, indent=1).encode())
+    check_rows(sources.open_sources([str(path)]))
+
+
+def test_json_file_of_json_lines(tmp_path):
+    check_rows(sources.open_sources([str(write_jsonl(tmp_path / "rows.json", ROWS))]))
+
+
+def test_broken_json_array_says_where(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS)[:-20])
+    with pytest.raises(UserError, match=r"rows.json: broken JSON after 4 rows, near byte \d+ of"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("content", ["", "5", '"text"'])
+def test_json_that_is_no_array_is_refused(tmp_path, content):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="wanted an array of rows"):
+        rows_of(path)
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    check_rows(sources.open_sources([str(path)]))
+
+
+def test_broken_parquet_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("name", ["sampel", "missing.jsonl", "data/missing.json", "a/b/c"])
+def test_a_source_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match="no source .*; wanted .sample., a .json, .jsonl"):
+        sources.open_sources([name])
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n")
+    with pytest.raises(UserError, match="cannot read .*rows.csv; wanted a .json, .jsonl"):
+        sources.open_sources([str(path)])
+
+
+def test_synthetic_conversations_are_accepted_and_deterministic():
+    found = list(make_sample.conversations(50))
+    assert len(found) == 50 and found == list(make_sample.conversations(50))
+    assert all(conversations.conversation(row) for row in found)
+
+
+def test_sample_source():
+    source = sources.open_sources(["sample"])
+    found = list(itertools.islice(source.rows(), 50))
+    assert found == list(itertools.islice(make_sample.conversations(source.size), 50))
+    assert source.position == 50 and source.unit == "rows"
+
+
+def write_rows(path: Path, found: list) -> Path:
+    """`found` as the file's name tells."""
+    kind, compression = (*path.suffixes, "")[:2]
+    if kind == ".parquet":
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), buffer)
+        content = buffer.getvalue()
+    elif kind == ".json":
+        content = json.dumps(found, indent=2).encode()
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in found).encode()
+    if compression == ".gz":
+        content = gzip.compress(content)
+    elif compression == ".zst":
+        content = pyarrow.compress(content, "zstd", asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+COMPRESSED = [kind + compression for kind in sources.KINDS for compression in (".gz", ".zst")]
+
+
+@pytest.mark.parametrize("suffixes", COMPRESSED)
+def test_compressed_files(tmp_path, suffixes):
+    check_rows(sources.open_sources([str(write_rows(tmp_path / f"rows{suffixes}", ROWS))]))
+
+
+@pytest.mark.parametrize("suffixes", COMPRESSED)
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, suffixes, damage):
+    path = write_rows(tmp_path / f"rows{suffixes}", ROWS * 50)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] if damage == "cut" else b"nothing compressed")
+    with pytest.raises(UserError, match=rf"rows{suffixes}: cannot be read near byte \d+ of"):
+        rows_of(path)
+
+
+def test_zstd_and_gzip_files_of_several_frames(tmp_path):
+    for suffixes in (".jsonl.gz", ".jsonl.zst"):
+        path = write_rows(tmp_path / f"rows{suffixes}", ROWS)
+        path.write_bytes(path.read_bytes() * 2)
+        assert rows_of(path) == ROWS * 2
+
+
+def test_several_files_and_a_folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    write_rows(folder / "b" / "second.parquet", ROWS[1:2])
+    write_rows(folder / "a.json.gz", ROWS[:1])
+    write_rows(folder / ".hidden" / "no.json", ROWS)
+    (folder / "README.md").write_text("no rows")
+    third = write_rows(tmp_path / "third.jsonl", ROWS[2:])
+    source = sources.open_sources([str(folder), str(third)])
+    places = []
+    for found, wanted in zip(source.rows(), ROWS, strict=True):
+        assert conversations.conversation(found) == conversations.conversation(wanted)
+        places.append((source.part.name, source.row))
+    assert places == [("a.json.gz", 1), ("b/second.parquet", 1)] + [
+        ("third.jsonl", number) for number in (1, 2, 3)
+    ]
+    assert source.position == source.size == sum(part.size for part in source.parts)
+    assert source.identity["source"] == "a.json.gz, b/second.parquet, third.jsonl"
+    assert [len(identity["sha256"]) for identity in source.identity["sources"]] == [64] * 3
+    mixed = sources.open_sources([str(third), "sample"])
+    assert (mixed.size, mixed.unit) == (None, "rows")
+    assert sum(1 for _ in itertools.islice(mixed.rows(), 10)) == mixed.position == 10
+
+
+def test_a_folder_of_nothing_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("no rows")
+    with pytest.raises(UserError, match="nothing to read in .* \\(1 files\\); wanted a .json"):
+        sources.open_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("change", ["shortened", "longer"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS * 2_000)
+    size = path.stat().st_size
+    found = sources.open_sources([str(path)]).rows()
+    next(found)
+    with open(path, "r+b") as file:
+        file.truncate(len(json.dumps(ROWS[0]) + "\n") * 5_000 if change == "shortened" else size)
+        file.seek(0, 2)
+        file.write(b"\n" if change == "longer" else b"")
+    with pytest.raises(UserError, match=rf"changed while it was read \(.*, {size} at first\)"):
+        list(found)
+
+
+ARRAY = [
+    {"a": [1, -2.5e3, 'x\u00e9\U0001f642 \\ " ]', None, True], "b": {}},
+    12345,
+    "text",
+    [],
+    -1.5,
+    [[{}]],
+    False,
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2, 40])
+@pytest.mark.parametrize("is_ascii", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_an_array_is_read_whatever_the_blocks(monkeypatch, indent, is_ascii, block):
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
+    text = json.dumps(ARRAY, indent=indent, ensure_ascii=is_ascii)
+    assert list(json_array.items(io.BytesIO(text.encode()))) == ARRAY
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "offset"),
+    [
+        (b"[1, 2", "it ends too early", 5),
+        (b"[1, 2,", "Expecting value", 6),
+        (b"[1, 2,]", "Expecting value", 6),
+        (b"[1 2]", "wanted ',' or ']'", 3),
+        (b"[1] [", "text after the array's end", 4),
+        (b"[1]\x00", "text after the array's end", 3),
+        (b'["caf\xc3\xa9", {"a": tru}]', "Expecting value", 16),
+        (b'["caf\xc3\xa9", {"a": "x]', "Unterminated string starting at", 16),
+        (b"[" + b"[" * 100_000 + b"]" * 100_000 + b"]", "it is nested too deeply", 1),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 1 << 16])
+def test_broken_arrays_say_where(monkeypatch, content, message, offset, block):
+    if block == 1 and len(content) > 1000:
+        pytest.skip("no window of one byte for a long item")
+    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
+    with pytest.raises(json_array.BrokenArray, match=re.escape(message)) as error:
+        list(json_array.items(io.BytesIO(content)))
+    assert error.value.offset == offset
+
+
+def test_odd_but_valid_json_costs_no_other_row(tmp_path):
+    odd = [
+        b'{"conversations": "\xff\xfe"}',
+        b'"\\ud800"',
+        b'"\\ude00\\ud83d"',
+        b"[" * 100 + b"]" * 100,
+        b"9" * 6000,
+        b"-1e999",
+        b"NaN",
+        b'{"a": 1, "a": 2}',
+    ]
+    good = json.dumps(ROWS[0]).encode()
+    array, lines = tmp_path / "rows.json", tmp_path / "rows.jsonl"
+    array.write_bytes(b"[" + b",\n".join([*odd, good]) + b"]")
+    lines.write_bytes(b"\n".join([*odd, good]))
+    for path in (array, lines):
+        found = rows_of(path)
+        assert len(found) == len(odd) + 1 and found[-1] == ROWS[0]
+        for item in found[:-1]:
+            with pytest.raises(conversations.Reject):
+                conversations.conversation(item)
+
+
+def test_parquet_text_that_is_not_utf8_is_a_reject(tmp_path):
+    texts = pyarrow.array([b"Hi", b"\xff", b"Yo"], pyarrow.binary())
+    table = pyarrow.table({"instruction": texts.view(pyarrow.utf8()), "output": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = rows_of(tmp_path / "rows.parquet")
+    assert [isinstance(row, conversations.Reject) for row in found] == [False, True, False]
+
+
+def test_first_words():
+    assert conversations.first_words(chat_row("  Hi\n there ")) == "Hi there"
+    assert conversations.first_words({"source": "s", "instruction": "Do"}) == "Do"
+    assert conversations.first_words({"a": [{"b": "deep"}]}) == "deep"
+    assert (
+        conversations.first_words(conversations.Reject("line is not JSON", "{broken \udcff"))
+        == "{broken ?"
+    )
+    assert conversations.first_words([]) == conversations.first_words(5) == ""
+    assert len(conversations.first_words(chat_row("word " * 1000))) <= 120
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub's client without a network, and an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "datasets--teknium--OpenHermes-2.5"
+
+
+def test_openhermes_from_the_cache_of_the_hub_client(hub_cache):
+    commit = "b82037" + "0" * 34
+    snapshot = hub_cache / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (hub_cache / "refs").mkdir()
+    (hub_cache / "refs" / sources.OPENHERMES_REVISION).write_text(commit)
+    write_rows(snapshot / sources.OPENHERMES_FILE, ROWS)
+    source = sources.open_sources([sources.OPENHERMES])
+    check_rows(source)
+    assert source.identity["source"] == sources.OPENHERMES and source.identity["commit"] == commit
+    assert source.identity["revision"] == "b820378" and len(source.identity["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (sources.OPENHERMES, "resolve/b820378/openhermes2_5.json here .* --source=openhermes2_5"),
+        ("owner/name", "bring its file here by other means, .* --source=FILE.json"),
+    ],
+)
+def test_no_network_says_how_to_bring_the_file(hub_cache, name, place):
+    with pytest.raises(UserError, match=f"(?s)cannot get {name} from the hub: .*{place}"):
+        sources.open_sources([name])
+
+
+def test_a_mistyped_file_beside_others_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no source 'data/foo\.jsnl'; wanted 'sample'"):
+        sources.open_sources(["data/foo.jsnl"])

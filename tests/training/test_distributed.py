@@ -1,0 +1,111 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanosynth import checkpoint
+from nanosynth.training import distributed
+from tiny import ALONE, REPO, RUN, flags, losses, read_metrics, torchrun, train_run
+
+
+def test_a_world_of_one_needs_no_process_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.start("cpu") as world:
+        assert world == ALONE and world.is_main
+        assert world.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+        assert world.any(True) and not world.any(False)
+        assert world.from_main(("x", None)) == ("x", None)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
+    """Also with dropout and uneven masks, and when the two go on from the one's checkpoint."""
+    settings = {
+        "optimizer": optimizer,
+        "dropout": 0.1,
+        "loss_on": "assistant",
+        "save_interval": 3,
+        "log_interval": 1,
+    }
+    settings |= {"gradient_accumulation_steps": 4, "micro_batch_size": 3}
+    wanted = train_run(tiny_bins, tmp_path / "one", **settings)
+    flag_list = flags(**{**RUN, **settings, "data_dir": tiny_bins, "out_dir": tmp_path / "two"})
+    done = torchrun(2, "train.py", *flag_list)
+    assert done.returncode == 0, done.stderr
+    found = read_metrics(tmp_path / "two")
+    for split in ("train", "val"):
+        assert losses(found, split) == pytest.approx(losses(wanted, split), rel=1e-5)
+    norms = [[r["grad_norm"] for r in records if "grad_norm" in r] for records in (found, wanted)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    models = [
+        checkpoint.read_model(path, checkpoint.verify(path))
+        for path in (tmp_path / "one/step_000006", tmp_path / "two/step_000006")
+    ]
+    assert set(models[0]) == set(models[1])
+    assert done.stdout.count("parameters, 6 steps") == 1  # rank 0 alone speaks
+
+
+def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
+    settings = {**RUN, "gradient_accumulation_steps": 3, "data_dir": tiny_bins, "out_dir": tmp_path}
+    done = torchrun(2, "train.py", *flags(**settings))
+    assert done.returncode != 0
+    assert "gradient_accumulation_steps=3 does not divide over 2 GPUs" in done.stderr
+    assert "--gradient_accumulation_steps=2 or --gradient_accumulation_steps=4" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path):
+    out_dir = tmp_path / "run"
+    settings = {
+        **RUN,
+        "max_steps": 2000,
+        "log_interval": 1,
+        "data_dir": tiny_bins,
+        "out_dir": out_dir,
+    }
+    settings |= {"eval_interval": 10_000, "save_interval": 10_000}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags(**settings)],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step      1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait(timeout=60) == 0
+    (stopped_at,) = checkpoint.steps(out_dir)
+    assert 2 <= stopped_at < 2000 and f"stopped by a signal at step {stopped_at}" in said
+    checkpoint.verify(checkpoint.folder(out_dir, stopped_at))
+    assert len(losses(read_metrics(out_dir))) == stopped_at
+
+
+def test_a_signal_sent_twice_at_once_is_one_request():
+    handlers = [signal.getsignal(number) for number in distributed.StopSignal.SIGNALS]
+    try:
+        stop = distributed.StopSignal()
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert stop.requested
+    finally:
+        for number, handler in zip(distributed.StopSignal.SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_hang_ends_the_process():
+    code = (
+        "import time; from nanosynth import distributed as d; d.expect_progress(60); "
+        "d.expect_progress(0.2); time.sleep(30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode != 0 and "Timeout" in done.stderr

@@ -1,0 +1,182 @@
+import pytest
+import torch
+
+from nanosynth.training import optim
+from tiny import ALONE, CPU, random_ids, tiny_model
+
+SCHEDULE = {
+    "max_steps": 110,
+    "warmup_steps": 10,
+    "learning_rate": 1.0,
+    "min_learning_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [
+        (0, 0.1),  # never zero
+        (8, 0.9),
+        (9, 1.0),  # the last warmup step takes the peak
+        (59, 0.55),  # half way down the cosine
+        (34, 0.1 + 0.9 * (1 + 2**-0.5) / 2),  # a quarter of it
+        (109, 0.1),  # the last update
+    ],
+)
+def test_lr_at_its_corners(step, wanted):
+    assert optim.lr_at(step, **SCHEDULE) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("step", "wanted"), [(9, 1.0), (34, 0.775), (59, 0.55), (109, 0.1)])
+def test_linear_decay_at_its_corners(step, wanted):
+    assert optim.lr_at(step, decay="linear", **SCHEDULE) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_lr_rises_then_falls():
+    rates = [optim.lr_at(step, **SCHEDULE) for step in range(110)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert max(rates) == 1.0 and min(rates) >= 0.1 - 1e-12
+
+
+def test_lr_without_warmup_starts_high():
+    assert optim.lr_at(0, **{**SCHEDULE, "warmup_steps": 0}) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_each_parameter_is_in_exactly_one_group():
+    model = tiny_model()
+    decayed, plain = optim.parameter_groups(model, weight_decay=0.01)
+    ids = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
+    assert sorted(ids) == sorted(id(parameter) for parameter in model.parameters())
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in decayed["params"]:
+        assert names[id(parameter)].endswith(".weight") and ".ln_" not in names[id(parameter)]
+    for parameter in plain["params"]:
+        assert names[id(parameter)].endswith(".bias") or ".ln_" in names[id(parameter)]
+
+
+def test_optimizer_takes_its_settings():
+    optimizer = optim.build_optimizer(
+        "adamw", tiny_model(), weight_decay=0.03, betas=(0.8, 0.9), world=ALONE
+    )
+    optim.set_learning_rate(optimizer, 0.5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_muon_equals_torch_muon_on_the_blocks_and_adamw_on_the_rest():
+    """Over three steps; torch's takes q, k and v as matrices of their own."""
+    model, twin = tiny_model(), tiny_model()
+    muon = optim.build_optimizer("muon", model, weight_decay=0.1, betas=(0.9, 0.95), world=ALONE)
+    optim.set_learning_rate(muon, 0.02)
+    parts, whole, rest = [], {}, []
+    for name, parameter in twin.named_parameters():
+        if ".h." in name and parameter.dim() == 2:
+            n_parts = 3 if "c_attn" in name else 1
+            whole[parameter] = [torch.nn.Parameter(p) for p in parameter.data.chunk(n_parts)]
+            parts += whole[parameter]
+        else:
+            rest.append({"params": [parameter], "weight_decay": 0.1 * (parameter.dim() > 1)})
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [
+        torch.optim.Muon(parts, **settings),
+        torch.optim.AdamW(rest, lr=0.02, betas=(0.9, 0.95)),
+    ]
+    for number in range(3):
+        for copy in (model, twin):
+            copy.zero_grad()
+            batch = random_ids(4, 16, seed=number), random_ids(64, seed=9)
+            copy(*batch).sum().backward()
+        for parameter, split in whole.items():
+            for part, gradient in zip(split, parameter.grad.chunk(len(split)), strict=True):
+                part.grad = gradient
+        muon.step()
+        for optimizer in optimizers:
+            optimizer.step()
+    for parameter, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+        if parameter.dim() == 2:  # the key's bias has no gradient but noise, which AdamW enlarges
+            torch.testing.assert_close(parameter, wanted, rtol=0.02, atol=1e-4)
+    moved = next(iter(whole)) - tiny_model().transformer.h[0].attn.c_attn.weight
+    assert moved.abs().mean() > 50 * 1e-4  # the tolerance is far below what three steps do
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
+        found = optim.orthogonalise(torch.randn(shape, generator=generator))
+        values = torch.linalg.svdvals(found.float())
+        assert found.shape == shape and values.min() > 0.5 and values.max() < 1.3
+    assert not optim.orthogonalise(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.parametrize(("max_norm", "wanted"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_clip_gradients(max_norm, wanted):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for parameter, value in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([value])
+    assert optim.clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
+    norm = torch.cat([parameter.grad for parameter in parameters]).norm()
+    assert norm.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def full_guard(sigmas: float = 8.0) -> optim.SpikeGuard:
+    """A guard that has seen 64 losses of 3 and 64 of 5: mean 4, standard deviation about 1."""
+    guard = optim.SpikeGuard(sigmas, CPU)
+    for number in range(guard.WINDOW):
+        guard.note(torch.tensor(3.0 + 2 * (number % 2)), torch.tensor(True))
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("loss", "accepted"),
+    [
+        (4.0, True),
+        (0.1, True),
+        (11.9, True),
+        (12.2, False),
+        (float("nan"), False),
+        (float("inf"), False),
+    ],
+)
+def test_spike_guard(loss, accepted):
+    assert full_guard().accepts(torch.tensor(loss)).item() is accepted
+
+
+def test_spike_guard_accepts_all_finite_losses_until_its_window_is_full():
+    guard = optim.SpikeGuard(8.0, CPU)
+    for _ in range(guard.WINDOW - 1):
+        guard.note(torch.tensor(1.0), torch.tensor(True))
+    assert guard.accepts(torch.tensor(1000.0)) and not guard.accepts(torch.tensor(float("nan")))
+    guard.note(torch.tensor(1.0), torch.tensor(True))
+    assert not guard.accepts(torch.tensor(1000.0))
+
+
+def test_spike_guard_turned_off_still_refuses_nan():
+    guard = full_guard(sigmas=0.0)
+    assert guard.accepts(torch.tensor(1e9)) and not guard.accepts(torch.tensor(float("nan")))
+
+
+def test_spike_guard_does_not_learn_from_what_it_refused():
+    guard, other = full_guard(), full_guard()
+    guard.note(torch.tensor(1000.0), torch.tensor(False))
+    guard.note(torch.tensor(float("nan")), torch.tensor(False))
+    found, wanted = guard.state_dict(), other.state_dict()
+    assert torch.equal(found["losses"], wanted["losses"])
+    assert found["n_accepted"] == wanted["n_accepted"] == 128
+
+
+def test_spike_guard_counts_skipped_steps_in_a_row():
+    guard = full_guard()
+    counts = []
+    for accepted in (False, False, True, False):
+        guard.note(torch.tensor(4.0), torch.tensor(accepted))
+        counts.append(int(guard.n_skipped))
+    assert counts == [1, 2, 0, 1]
+
+
+def test_spike_guard_is_restored():
+    guard = optim.SpikeGuard(8.0, CPU)
+    guard.load_state_dict(full_guard().state_dict())
+    assert not guard.accepts(torch.tensor(12.2)) and guard.accepts(torch.tensor(11.9))

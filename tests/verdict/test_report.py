@@ -1,0 +1,488 @@
+"""The verdict: criteria at their thresholds, what is not measured, and folders of every kind."""
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanosynth import UserError, checkpoint
+from nanosynth.training import provenance
+from tiny import command, train_run
+from verdict import criteria, curves, report, runs
+from verdict.criteria import FAIL, NOT_MEASURED, PASS
+
+N_STEPS = 400
+TOKENS = 100  # a step
+
+
+def train_records(n_steps: int = N_STEPS, **changes: dict) -> list[dict]:
+    """Steps of a calm run; `changes` has the fields to change by step, as s200={"loss": None}."""
+    noise = np.random.default_rng(0).normal(0, 0.05, n_steps)
+    records = [
+        {
+            **{"step": step, "split": "train", "loss": 3 + 3 * math.exp(-step / 30) + noise[step]},
+            **{"lr": 1e-3, "tokens": (step + 1) * TOKENS, "grad_norm": 1.0, "loss_scale": 8192.0},
+            **{"skipped": 0, "tokens_per_second": 200.0, "mfu": 0.4},
+        }
+        for step in range(n_steps)
+    ]
+    for name, fields in changes.items():
+        records[int(name[1:])] |= fields
+    return records
+
+
+def val_record(step: int, loss: float) -> dict:
+    return {"step": step, "split": "val", "loss": loss, "seconds": 10.0}
+
+
+def config_of(out_dir: object, seed: int = 42, **changes: object) -> dict:
+    settings = {"seed": seed, "out_dir": str(out_dir), "data_dir": "missing", "loss_on": "all"}
+    return {
+        **{"settings": settings | changes, "parameters": 1000, "max_steps": N_STEPS},
+        **{"tokens_per_step": TOKENS, "world_size": 1, "device": "NVIDIA H100 80GB HBM3"},
+        **{"dtype": "float16", "torch": "2.13.0"},
+    }
+
+
+def perplexity_of(value: float, **changes: object) -> dict:
+    figures = {"perplexity": value, "perplexity_95": [0.0, 0.0], "bits_per_byte": 1.0}
+    return {
+        **{"checkpoint": "step_000400", "data": "val.bin", "data_sha256": "a", "loss_on": "all"},
+        **{"all": figures | {"tokens": 1000}},
+        **changes,
+    }
+
+
+def tasks_of(share: float) -> dict:
+    passed = {"passed": round(share * 1000), "n": 1000, "share": share, "interval": [0.0, 1.0]}
+    measured = {"coherent": passed, "parts": {"ends": 1.0}, "self_bleu": None}
+    worst = measured | {"coherent": passed | {"share": 0.0}}
+    return {
+        **{"step": 400, "rule": "it is what the test says"},
+        "generation": {"validation": {"greedy": worst, "sampled": measured}},
+        "zero_shot": {"quiz": {"metric": "acc", "score": 0.31, "stderr": 0.02, "n": 100}},
+    }
+
+
+def write_run(path: Path, *, config=None, records=None, torn: str = "", **files: object) -> str:
+    """A run's folder; `files` by stem, as eval_ppl={...}."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config or config_of(path)))
+    records = [*train_records(), val_record(N_STEPS, 3.1)] if records is None else records
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (path / "metrics.jsonl").write_text(lines + torn)
+    for stem, content in files.items():
+        (path / f"{stem}.json").write_text(json.dumps(content))
+    return str(path)
+
+
+def compose(*folders: str) -> tuple[str, dict]:
+    """What report.md and report.json of these runs hold."""
+    loaded = [runs.read(path) for path in folders]
+    events = {run.path: criteria.find_events(run.train) for run in loaded}
+    return report.compose(loaded, events, n_samples=5)
+
+
+def verdicts(found: dict) -> dict[str, str]:
+    return {judged["criterion"]: judged["verdict"] for judged in found["criteria"]}
+
+
+# Stability
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "steps"),
+    [
+        ({}, "skipped", []),
+        ({"s5": {"loss": None, "grad_norm": None, "skipped": 1}}, "not_finite", [5]),
+        ({"s300": {"loss": 3.6}}, "spikes", [300]),  # 12 deviations of 0.05
+        ({"s300": {"loss": 3.3}}, "spikes", []),  # 6 of them
+        ({"s300": {"loss": 3.3, "skipped": 1}}, "spikes", [300]),  # the run's own guard said so
+        ({"s100": {"loss": 9.0}}, "spikes", []),  # no window yet, as in training
+        ({"s300": {"grad_norm": None, "skipped": 1}}, "skipped", [300]),  # an overflow
+        ({"s300": {"grad_norm": None, "skipped": 1}}, "not_finite", []),
+        ({"s300": {"grad_norm": None, "skipped": 1, "loss_scale": 1.0}}, "not_finite", [300]),
+        (
+            {f"s{300 + n}": {"grad_norm": None, "skipped": n + 1} for n in range(5)},
+            *("not_finite", [303, 304]),  # three halvings are a search, more are not
+        ),
+    ],
+)
+def test_events(changes, kind, steps):
+    assert getattr(criteria.find_events(train_records(**changes)), kind) == steps
+
+
+def test_a_slow_rise_is_found_where_no_step_is_a_spike():
+    records = train_records()
+    for record in records[250:]:
+        record["loss"] += (record["step"] - 250) * 0.01
+    (step,) = criteria.find_events(records).spikes
+    assert 300 < step < 400
+
+
+@pytest.mark.parametrize("skipped", [{"grad_norm": None}, {}])  # an overflow; a stricter guard
+def test_a_skipped_step_stays_out_of_the_window(skipped):
+    """Within it these losses would widen the deviation until the spike at 300 is none."""
+    above = {f"s{step}": {"loss": 3.35, "skipped": 1, **skipped} for step in range(200, 300, 2)}
+    events = criteria.find_events(train_records(**above, s300={"loss": 3.6}))
+    assert 300 in events.spikes and len(events.skipped) == 50
+
+
+def judge(run: runs.Run) -> dict[str, criteria.Judgement]:
+    judged = criteria.judge([run], {run.path: criteria.find_events(run.train)})
+    return {judgement.criterion: judgement for judgement in judged}
+
+
+def stability(records: list[dict], **config: object) -> criteria.Judgement:
+    return judge(runs.Run(path="x", train=records, config=config_of("x") | config))["stability"]
+
+
+def test_stability():
+    assert stability(train_records()).verdict == PASS
+    assert stability(train_records(s300={"grad_norm": None, "skipped": 1})).verdict == PASS
+    spike = stability(train_records(s300={"loss": 9.0}))
+    assert spike.verdict == FAIL and "spikes: 300" in spike.remark
+    assert stability(train_records(s300={"loss": None}), max_steps=900).verdict == FAIL
+
+
+@pytest.mark.parametrize(
+    ("records", "max_steps", "why"),
+    [
+        (train_records(), 500, "wanted all 500"),
+        (train_records()[:200] + train_records()[201:], N_STEPS, "wanted all 400"),
+        (train_records(128), 128, "more than the 128 of a spike's window"),
+        ([], N_STEPS, "0 steps"),
+        (train_records(), None, "how many is not known"),
+    ],
+)
+def test_stability_is_not_measured_on_a_part(records, max_steps, why):
+    found = stability(records, max_steps=max_steps)
+    assert found.verdict == NOT_MEASURED and why in found.remark and "train.py" in found.command
+
+
+# Perplexity and coherence
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(19.999, PASS), (20.0, FAIL), (math.nan, FAIL)])
+def test_perplexity_at_its_threshold(value, verdict):
+    run = runs.Run(path="x", perplexity=perplexity_of(value))
+    assert judge(run)["perplexity"].verdict == verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.9, PASS), (0.899, FAIL)])
+def test_coherence_at_its_threshold(share, verdict):
+    judged = judge(runs.Run(path="x", tasks=tasks_of(share)))["coherence"]
+    assert judged.verdict == verdict and judged.figure == share
+    assert f"{share * 1000:.0f} of 1,000 answers. it is what the test says" in judged.remark
+
+
+def test_what_is_not_measured_names_its_command():
+    judged = judge(runs.Run(path="out/x"))
+    assert {judgement.verdict for judgement in judged.values()} == {NOT_MEASURED}
+    assert judged["perplexity"].command == "python eval_ppl.py --run=out/x"
+    assert judged["coherence"].command == "python eval_tasks.py --run=out/x"
+    assert judged["stability"].command == "python train.py config/NAME.py"
+    assert "--seed=43 --out_dir=out/x-seed43" in judged["reproducibility"].command
+
+
+def test_a_perplexity_of_other_data_does_not_count():
+    files = {"val.bin": {"sha256": "another"}, "train.bin": {"sha256": "t"}}
+    run = runs.Run(path="x", perplexity=perplexity_of(5.0), data={"files": files})
+    judged = judge(run)["perplexity"]
+    assert judged.verdict == NOT_MEASURED and "other data" in judged.remark
+
+
+def test_training_on_answers_alone_is_said():
+    answers = {"assistant": perplexity_of(2.5)["all"]}
+    found = perplexity_of(900.0, **answers, loss_on="assistant")
+    judged = judge(runs.Run(path="x", perplexity=found))["perplexity"]
+    assert judged.verdict == PASS and judged.figure == 2.5
+    assert "assistant's tokens alone" in judged.remark and "tokens 900.000" in judged.remark
+    judged = judge(runs.Run(path="x", perplexity=perplexity_of(900.0, **answers)))["perplexity"]
+    assert judged.verdict == FAIL and "over the assistant's alone 2.500" in judged.remark
+
+
+# Seeds and recipes
+
+
+def seeds(tmp_path, *values: float, **changes: object) -> list[str]:
+    return [
+        write_run(
+            tmp_path / f"seed{number}",
+            config=config_of(tmp_path / f"seed{number}", seed=number, **changes),
+            eval_ppl=perplexity_of(value),
+            tasks=tasks_of(0.95),
+        )
+        for number, value in enumerate(values)
+    ]
+
+
+def test_seeds_give_mean_deviation_and_range(tmp_path):
+    text, found = compose(*seeds(tmp_path, 10.0, 10.2, 10.4))
+    assert set(verdicts(found).values()) == {PASS} and ": yes (" in found["headlines"][0]
+    (spread,) = found["figures"]["spread"].values()
+    wanted = {"mean": 10.2, "stdev": 0.2, "lowest": 10.0, "highest": 10.4}
+    assert spread["perplexity, all tokens"] == pytest.approx(wanted)
+    (judged,) = [j for j in found["criteria"] if j["criterion"] == "reproducibility"]
+    assert judged["figure"] == pytest.approx(0.4 / 10.2)
+    assert "over 3 seeds, perplexity 10.000 to 10.400" in text
+
+
+def test_seeds_far_apart_or_of_unlike_verdict_fail(tmp_path):
+    _, found = compose(*seeds(tmp_path / "a", 10.0, 10.6))
+    assert verdicts(found)["reproducibility"] == FAIL
+    text, found = compose(*seeds(tmp_path / "b", 19.9, 20.1))
+    assert verdicts(found)["reproducibility"] == FAIL
+    assert "the seeds differ in a verdict" in text and ": no (" in found["headlines"][0]
+
+
+def test_one_seed_is_no_measurement(tmp_path):
+    path = write_run(tmp_path / "x", eval_ppl=perplexity_of(10.0))
+    _, found = compose(path)
+    judged = found["criteria"][-1]
+    assert judged["verdict"] == NOT_MEASURED and f"--out_dir={path}-seed43" in judged["command"]
+    assert ": not known yet (" in found["headlines"][0]
+
+
+def test_a_seed_that_comes_twice_counts_once(tmp_path):
+    first, second = seeds(tmp_path, 10.0, 10.2)
+    again = write_run(tmp_path / "again", config=config_of("y", 1), eval_ppl=perplexity_of(10.2))
+    _, found = compose(first, second, again)
+    (spread,) = found["figures"]["spread"]
+    assert spread == f"{first}, {second}" and len(found["headlines"]) == 2
+    assert any(note.startswith(f"{again}: its seed is") for note in found["notes"])
+
+
+def test_recipes_are_compared_at_equal_tokens(tmp_path):
+    small = [*train_records(), *(val_record(step, 4 - step / 400) for step in (200, 400))]
+    large = [*train_records(300), *(val_record(step, 3 - step / 400) for step in (100, 200))]
+    paths = [
+        write_run(tmp_path / "small", config=config_of("small"), records=small),
+        write_run(tmp_path / "large", config=config_of("large", n_layer=9), records=large),
+    ]
+    text, found = compose(*paths)
+    assert len(found["headlines"]) == 2 and found["figures"]["spread"] == {}
+    at = [found["figures"]["by_run"][path]["validation loss at 20,000 tokens"] for path in paths]
+    assert at == [3.5, 2.5]
+    assert "| --n_layer " in text and f"{paths[1]}: not known yet, training is not" in text
+
+
+def test_a_run_under_way_does_not_enter_the_spread(tmp_path):
+    paths = seeds(tmp_path, 10.0, 10.2)
+    scored, config = perplexity_of(19.0), config_of("x", seed=9)
+    under_way = write_run(
+        tmp_path / "x", config=config, records=train_records(300), eval_ppl=scored
+    )
+    _, found = compose(*paths, under_way)
+    (spread,) = found["figures"]["spread"].values()
+    assert spread["perplexity, all tokens"]["highest"] == 10.2
+    assert list(found["figures"]["spread"]) == [", ".join(paths)]
+    judged = found["criteria"][-1]
+    assert judged["verdict"] == NOT_MEASURED and "x must be finished" in judged["remark"]
+    assert "training is not finished" in found["headlines"][0]
+
+
+def test_a_setting_that_differs_makes_another_recipe():
+    first, second, third = (
+        runs.Run(path=path, config=config_of(path, seed, learning_rate=rate))
+        for path, seed, rate in (("a", 1, 0.1), ("b", 2, 0.1), ("c", 3, 0.2))
+    )
+    assert criteria.recipes([first, second, third]) == [[first, second], [third]]
+
+
+# Figures
+
+
+def test_time_is_added_up_over_starts_on_different_machines():
+    starts = [{"first_step": 0, "world_size": 8}, {"first_step": 2, "world_size": 2}]
+    records = train_records(4, s3={"tokens_per_second": 50.0, "mfu": 0.1})
+    run = runs.Run(path="x", config=config_of("x") | {"starts": starts}, train=records)
+    run.val = [val_record(4, 3.0)]
+    found = runs.figures(run)  # 100 tokens a step: 0.5 s, 0.5 s, then 0.5 s and 2 s
+    assert found["hours"] * 3600 == pytest.approx(3.5 + 10)
+    assert found["device-hours"] * 3600 == pytest.approx(8 * 1.0 + 2 * 2.5 + 2 * 10)
+    assert found["tokens a second"] == pytest.approx(400 / 3.5)
+    assert found["MFU"] == pytest.approx((1.5 * 0.4 + 2 * 0.1) / 3.5)
+
+
+def test_the_gap_leaves_skipped_steps_out():
+    records = train_records(200, s150={"loss": 99.0, "skipped": 1}, s151={"loss": None})
+    run = runs.Run(path="x", train=records, val=[val_record(100, 9.0), val_record(200, 3.5)])
+    mean = np.mean([r["loss"] for r in records[70:] if r["step"] not in (150, 151)])
+    assert runs.gap(run) == pytest.approx(3.5 - mean)
+
+
+def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
+    records = train_records(
+        **{"s200": {"loss": 9.0}, "s300": {"grad_norm": None, "skipped": 1}, "s310": {"loss": None}}
+    )
+    loaded = [runs.Run(path="a", train=records, val=[val_record(400, 3.0)]), runs.Run(path="b")]
+    events = {run.path: criteria.find_events(run.train) for run in loaded}
+    curves.draw(loaded, events, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Folders of every kind
+
+
+def test_a_run_of_its_own_folder(tiny_bins, run_dir, tmp_path):
+    path = shutil.copytree(run_dir, tmp_path / "run")
+    (path / "tasks.json").write_text(json.dumps(tasks_of(0.5)))
+    sample = {"prompt": "P", "finish": "stop", "tokens": 3, "coherent": False, "mode": "sampled"}
+    lines = [
+        {**sample, "set": "prompts", "text": "of another set"},
+        *({**sample, "set": "validation", "text": f"answer {n}\n```"} for n in range(4)),
+    ]
+    (path / "task_generations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    (path / "generations.jsonl").write_text("")
+    config = report.ReportConfig(run=(str(path),), samples=2)
+    report.main(config)
+    text = (path / "report.md").read_text()
+    assert "answer 0" in text and "answer 1" in text and "\n    ```\n" in text
+    assert "answer 2" not in text and "of another set" not in text
+    assert "6 steps; not finite: none" in text and "`0.1`" in text
+    assert "| coherent, sampled, validation " in text and "| score, quiz " in text
+    assert "it is what the test says" in text
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(path.glob(".tmp-*"))
+    found = json.loads((path / "report.json").read_text())
+    assert found["runs"][str(path)]["config"]["settings"]["data_dir"] == tiny_bins
+
+
+def test_a_torn_last_line_and_broken_files_are_said(tmp_path):
+    path = write_run(
+        tmp_path / "x", torn='[]\n{"split": "val"}\n{"step": 400, "spl', eval_ppl={"all": {}}
+    )
+    (tmp_path / "x" / "tasks.json").write_text("{")
+    checkpoint.folder(tmp_path / "x", 400).mkdir()
+    text, found = compose(path)
+    assert (
+        f"{path}/metrics.jsonl: left out, as torn or lacking a field: line 402, 403, 404 of 404"
+        in text
+    )
+    assert "eval_ppl.json lacks what is wanted of it: KeyError" in text
+    assert "tasks.json is left out: JSONDecodeError" in text
+    assert "step_000400/meta.json cannot be read" in text
+    assert "no prepared data in 'missing'" in text
+    assert verdicts(found) == {
+        **{"perplexity": NOT_MEASURED, "coherence": NOT_MEASURED},
+        **{"stability": PASS, "reproducibility": NOT_MEASURED},
+    }
+
+
+def test_files_of_another_form_leave_the_rest_of_the_report(tmp_path):
+    scored = perplexity_of(math.nan)
+    path = write_run(tmp_path / "x", tasks={"generation": [1]}, eval_ppl=scored)
+    (tmp_path / "x" / "generations.jsonl").write_text('{"prompt": null}\n')
+    text, found = compose(path)
+    assert "tasks.json is left out: AttributeError" in text
+    assert verdicts(found)["stability"] == PASS and verdicts(found)["perplexity"] == FAIL
+    assert found["criteria"][0]["figure"] is None  # JSON has no NaN
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval_ppl.json", "config.json"])
+def test_a_single_file_is_enough(tmp_path, name):
+    write_run(tmp_path / "whole", eval_ppl=perplexity_of(5.0))
+    (tmp_path / "x").mkdir()
+    shutil.copy(tmp_path / "whole" / name, tmp_path / "x")
+    _, found = compose(str(tmp_path / "x"))
+    assert len(verdicts(found)) == 4 and ": not known yet" in found["headlines"][0]
+    assert any("there is none; train.py saves them" in note for note in found["notes"])
+
+
+def test_files_that_do_not_agree_are_said(tiny_bins, tmp_path):
+    train_run(tiny_bins, tmp_path / "x", eval_interval=3, save_interval=3)
+    best = runs.read(str(tmp_path / "x")).meta["step"]
+    stale = perplexity_of(5.0, checkpoint=f"out/x/step_{best - 1:06d}")
+    (tmp_path / "x" / "eval_ppl.json").write_text(json.dumps(stale))
+    other = shutil.copytree(tiny_bins, tmp_path / "data")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["files"]["train.bin"]["sha256"] = "another"
+    (other / "meta.json").write_text(json.dumps(meta))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["settings"]["data_dir"] = str(other)
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    notes = " ".join(runs.read(str(tmp_path / "x")).notes)
+    assert f"is of step {best - 1}, but the best is now {best}" in notes
+    assert "prepared anew after this run" in notes
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'missing' holds nothing"):
+        runs.read("missing")
+    with pytest.raises(UserError, match="holds nothing of a run"):
+        runs.read(str(tmp_path))
+    with pytest.raises(UserError, match="--run names a folder twice"):
+        report.ReportConfig(run=("tests", "./tests"))
+    done = command("report.py", f"--run={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("report.py: error:") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    config = report.ReportConfig(
+        run=(write_run(tmp_path / "x"),), output_dir=str(tmp_path / "x" / "config.json")
+    )
+    with pytest.raises(UserError, match="use another --output_dir"):
+        report.main(config)
+
+
+# Where a run comes from
+
+
+def test_a_run_keeps_its_starts(tiny_bins, tmp_path):
+    for max_steps in (3, 6):
+        train_run(tiny_bins, tmp_path / "x", max_steps=max_steps, save_interval=3)
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert [start["first_step"] for start in config["starts"]] == [0, 3]
+    assert all(start["command"] and start["date"] for start in config["starts"])
+    assert config["torch"] == torch.__version__ and config["python"]
+    assert runs.read(str(tmp_path / "x")).config == config
+
+
+def test_the_command_is_kept_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/a/train.py", "config/500m.py", "--out_dir=out/a b"])
+    (start,) = provenance.starts(tmp_path / "config.json", world_size=8, device="x", first_step=0)
+    assert start["command"] == "train.py config/500m.py '--out_dir=out/a b'"
+    run = runs.Run(path="x", config={"starts": [start]})
+    wanted = f"torchrun --standalone --nproc_per_node=8 {start['command']}"
+    assert criteria.train_command(run) == wanted
+
+
+def test_the_commit_is_dirty_where_files_differ_and_none_without_git(tmp_path):
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x")
+    assert provenance.commit(tmp_path / "missing") is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert provenance.commit(tmp_path) is None  # no commit yet
+    (tmp_path / "file").write_text("a")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    clean = provenance.commit(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "file").write_text("b")
+    assert provenance.commit(tmp_path) == f"{clean}-dirty"
+
+
+def test_starts_of_a_broken_config_are_forgotten(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert len(provenance.starts(tmp_path / "config.json", first_step=0)) == 1
+
+
+def test_tasks_stand_beside_chance_and_published_figures():
+    scored = {"metric": "acc", "score": 0.42, "stderr": 0.01, "chance": 0.25, "n": 1200}
+    other = {"model": "Pythia-410m", "metric": "acc", "score": 0.401, "source": "their README"}
+    run = runs.Run(path="out/x")
+    run.tasks = {"zero_shot": {"piqa": scored, "mine": scored}, "published": {"piqa": [other]}}
+    lines = [
+        [cell.strip() for cell in line.split("|")] for line in report.tasks_section(run).split("\n")
+    ]
+    assert ["", "piqa", "acc", "out/x", "0.42", "0.01", "n = 1,200", ""] in lines
+    assert ["", "piqa", "acc", "chance", "0.25", "-", "-", ""] in lines
+    assert ["", "piqa", "acc", "Pythia-410m", "0.401", "-", "their README", ""] in lines
+    assert sum("Pythia-410m" in line for line in lines) == 1
+    assert report.tasks_section(runs.Run(path="y", tasks={"zero_shot": {}})) == ""

@@ -1,0 +1,226 @@
+"""The criteria of the experiment: what each asks, how it is measured, and whether a run meets it.
+
+Fixed before the runs. A figure decides by itself; its interval stands beside it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+
+from nanosynth import UserError
+from nanosynth.training.optim import SpikeGuard
+from verdict.runs import BROKEN, Run, numbers
+
+PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
+MAX_PERPLEXITY = 20.0
+MIN_COHERENT = 0.9
+SPIKE_SIGMAS = 8.0  # train.py's default; fixed here, so that a run's setting can't soften it
+MAX_RISE = 0.3  # nats: a perplexity a third higher
+MAX_OVERFLOWS = 3  # in a row: a loss scale up to 8 times too high
+MAX_SPREAD = 0.05
+GPU_HOURS = 1.0  # the budget of one run
+
+THRESHOLDS = {
+    "perplexity": f"< {MAX_PERPLEXITY:g}",
+    "coherence": f">= {MIN_COHERENT:g}",
+    "stability": "no NaN, no spike",
+    "reproducibility": f"spread <= {MAX_SPREAD:g}",
+}
+FILES = {"perplexity": "eval_ppl.json", "coherence": "tasks.json", "stability": "metrics.jsonl"}
+HOW = {
+    "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once "
+    "by the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
+    f"{MAX_PERPLEXITY:g} passes. All tokens count; where training was on the assistant's tokens "
+    "alone, those do, and the verdict says so.",
+    "coherence": "share of held-out validation prompts whose sampled answer passes every part of "
+    f"the rule of eval_tasks.py; {MIN_COHERENT:.0%} or more passes.",
+    "stability": "counted over every step in metrics.jsonl. NaN: a loss that is not finite, or a "
+    "gradient that is not while there is no loss scale above 1 to blame, or more than "
+    f"{MAX_OVERFLOWS} times in a row. Spike: a loss more than {SPIKE_SIGMAS:g} standard deviations "
+    f"above the mean of the last {SpikeGuard.WINDOW} accepted ones, or one that the run skipped as "
+    f"a spike; or that mean more than {MAX_RISE} nats above its lowest. A skipped spike counts. "
+    "A float16 overflow does not: the loss scale is found by trying, the step is skipped and the "
+    f"weights stay. The first {SpikeGuard.WINDOW} steps have no window and are judged for NaN only."
+    " A run passes when all its steps are there.",
+    "reproducibility": "finished runs of one recipe (same settings but for seed and out_dir, same "
+    "data and dtype) with two or more seeds agree on the criteria above, and their perplexities "
+    f"over the tokens trained on lie within {MAX_SPREAD:.0%} of their mean, lowest to highest.",
+}
+
+
+class Events(NamedTuple):
+    """The steps at which training went wrong; a skipped step of no other kind overflowed."""
+
+    not_finite: list[int]
+    spikes: list[int]  # with the steps at which the mean first stood MAX_RISE above its lowest
+    skipped: list[int]
+
+
+def find_events(train: list[dict]) -> Events:
+    """Replays the losses of metrics.jsonl through the guard that training itself uses."""
+    guard = SpikeGuard(SPIKE_SIGMAS, torch.device("cpu"))
+    not_finite, spikes, skipped = [], [], []
+    lowest, risen, n_overflows = math.inf, False, 0
+    for record in train:
+        step, is_finite = record["step"], record["grad_norm"] is not None
+        loss = torch.tensor(math.nan if record["loss"] is None else float(record["loss"]))
+        accepted = guard.accepts(loss)
+        n_overflows = 0 if is_finite else n_overflows + 1
+        is_overflow = record["loss_scale"] > 1 and n_overflows <= MAX_OVERFLOWS
+        if record["loss"] is None:
+            not_finite.append(step)
+        elif not accepted or (is_finite and record["skipped"]):
+            spikes.append(step)
+        elif not is_finite and not is_overflow:
+            not_finite.append(step)
+        if record["skipped"]:
+            skipped.append(step)
+        guard.note(loss, accepted & (not record["skipped"]))
+        if guard.n_accepted >= guard.WINDOW:
+            mean = guard.losses.mean().item()
+            lowest = min(lowest, mean)
+            if mean > lowest + MAX_RISE and not risen:
+                spikes.append(step)
+            risen = mean > lowest + MAX_RISE
+    return Events(not_finite, spikes, skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One criterion on one run (reproducibility: on the seeds of a recipe)."""
+
+    criterion: str
+    runs: list[str]
+    verdict: str = NOT_MEASURED
+    figure: float | None = None
+    interval: list[float] | None = None
+    remark: str = ""  # what the figure rests on, or why there is none
+    command: str = ""  # what would measure it, where it is not measured
+
+
+def judge(recipe: list[Run], events: dict[str, Events]) -> list[Judgement]:
+    """Three criteria on each run of a recipe, and how well its seeds agree."""
+    by_run = {}
+    for run in recipe:
+        by_run[run.path] = [
+            _judge("perplexity", [run], f"python eval_ppl.py --run={run.path}", perplexity, run),
+            _judge("coherence", [run], f"python eval_tasks.py --run={run.path}", coherence, run),
+            _judge("stability", [run], train_command(run), stability, run, events[run.path]),
+        ]
+    last = _judge("reproducibility", recipe, seeds_command(recipe), reproducibility, recipe, by_run)
+    return [*(j for judged in by_run.values() for j in judged), last]
+
+
+def _judge(
+    criterion: str, on: list[Run], command: str, measure: Callable, *arguments: object
+) -> Judgement:
+    base = {"criterion": criterion, "runs": [run.path for run in on]}
+    try:
+        passes, figure, interval, remark = measure(*arguments)
+    except UserError as why:
+        return Judgement(**base, remark=str(why), command=command)
+    except BROKEN as error:
+        remark = f"{FILES[criterion]} lacks what is wanted of it: {error!r}"
+        return Judgement(**base, remark=remark, command=command)
+    found = {"figure": figure, "interval": interval, "remark": remark}
+    return Judgement(**base, verdict=PASS if passes else FAIL, **found)
+
+
+def perplexity(run: Run) -> tuple:
+    """(whether it passes, figure, interval, remark); so do the others."""
+    if not run.perplexity:
+        raise UserError("no eval_ppl.json")
+    if run.data and run.perplexity["data_sha256"] != run.data["files"]["val.bin"]["sha256"]:
+        raise UserError(f"eval_ppl.json is of other data, {run.perplexity['data']}")
+    scored = trained_tokens(run)
+    remark = f"over {scored['tokens']:,} tokens, {scored['bits_per_byte']:.4f} bits a byte"
+    if run.perplexity["loss_on"] == "assistant":
+        every = run.perplexity["all"]
+        remark = f"trained on the assistant's tokens alone: {remark}; over all {every['tokens']:,} "
+        remark += f"tokens {every['perplexity']:,.3f}"
+    elif answers := run.perplexity.get("assistant"):
+        remark += f"; over the assistant's alone {answers['perplexity']:,.3f}"
+    figure = scored["perplexity"]
+    return figure < MAX_PERPLEXITY, figure, scored["perplexity_95"], remark
+
+
+def coherence(run: Run) -> tuple:
+    sampled = run.tasks.get("generation", {}).get("validation", {}).get("sampled")
+    if not sampled or not sampled["coherent"]["n"]:
+        raise UserError("no sampled answers to validation prompts in tasks.json")
+    found = sampled["coherent"]
+    remark = f"{found['passed']:,} of {found['n']:,} answers. {run.tasks['rule']}"
+    return found["share"] >= MIN_COHERENT, found["share"], found["interval"], remark
+
+
+def stability(run: Run, events: Events) -> tuple:
+    n_bad = len({*events.not_finite, *events.spikes})
+    listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in events._asdict().items()]
+    remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
+    steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
+    if not n_bad and (steps != list(range(wanted)) or wanted <= SpikeGuard.WINDOW):
+        wanted = f"all {wanted:,}" if wanted else "all, how many is not known"
+        window = f"more than the {SpikeGuard.WINDOW} of a spike's window"
+        raise UserError(f"{remark}; wanted {wanted}, and {window}")
+    return not n_bad, n_bad, None, remark
+
+
+def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> tuple:
+    if len(seeds) < 2:
+        raise UserError("one seed")
+    for run in seeds:
+        if not run.finished or by_run[run.path][0].verdict == NOT_MEASURED:
+            raise UserError(f"first {run.path} must be finished and its perplexity measured")
+    values = [trained_tokens(run)["perplexity"] for run in seeds]
+    spread = (max(values) - min(values)) / fmean(values)
+    agree = len({tuple(judged.verdict for judged in by_run[run.path]) for run in seeds}) == 1
+    remark = f"over {len(seeds)} seeds, perplexity {min(values):,.3f} to {max(values):,.3f}"
+    remark += "" if agree else "; the seeds differ in a verdict"
+    return spread <= MAX_SPREAD and agree, spread, None, remark
+
+
+def trained_tokens(run: Run) -> dict:
+    """eval_ppl.json's figures over the tokens that training had for targets."""
+    scored = run.perplexity
+    return scored.get(scored["loss_on"], scored["all"])
+
+
+def recipes(runs: list[Run]) -> list[list[Run]]:
+    """The runs that differ in seed alone, together. One with the seed of another, or none that is
+    known, is by itself: counted twice, a seed would make the spread look smaller.
+    """
+    groups: dict[str, list[Run]] = {}
+    free = ("seed", "out_dir", "wandb_run_name")
+    for run in runs:
+        fixed = [item for item in sorted(run.settings.items()) if item[0] not in free]
+        data = run.meta.get("identity", {}).get("data_sha256")
+        key = str((fixed, run.config.get("dtype"), run.config.get("max_steps"), data))
+        seeds = [None, *(other.settings["seed"] for other in groups.get(key, ()))]
+        if run.settings.get("seed") in seeds:
+            run.notes.append(f"{run.path}: its seed is unknown or another's: it is in no spread")
+            key = run.path
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def train_command(run: Run) -> str:
+    """How the run was last started; torchrun's own flags are not recorded."""
+    last = [{}, *(run.config.get("starts") or ())][-1]
+    n = last.get("world_size", 1)
+    launch = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
+    return f"{launch} {last.get('command', 'train.py config/NAME.py')}"
+
+
+def seeds_command(seeds: list[Run]) -> str:
+    """Trains a second seed where there is one, and compares."""
+    paths, train = [run.path for run in seeds], ""
+    if len(seeds) == 1:
+        seed = seeds[0].settings.get("seed", 42) + 1
+        paths.append(f"{paths[0]}-seed{seed}")
+        train = f"{train_command(seeds[0])} --seed={seed} --out_dir={paths[1]} && "
+        train += f"python eval_ppl.py --run={paths[1]} && "
+    return train + "python report.py " + " ".join(f"--run={path}" for path in paths)

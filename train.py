@@ -1,18 +1,19 @@
-"""Train a GPT on prepared bins.
+"""Train a GPT on prepared bins: the settings, the loop, the step, a run's start and its saves.
 
 Usage:
     python train.py config/demo.py
     torchrun --standalone --nproc_per_node=8 train.py config/1b.py --learning_rate=3e-4
+
+Read `loop` and `train_step`: they are the training. All else builds what these two use.
 """
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
@@ -34,20 +35,24 @@ class TrainConfig(settings.Settings):
     )
     seed: int = setting(42, "of the weights, the data order and dropout", at_least=0)
 
-    n_layer: int = setting(24, "blocks", group="The model", at_least=1)
-    n_head: int = setting(16, "attention heads", at_least=1)
-    n_embd: int = setting(1024, "channels", at_least=1)
-    block_size: int = setting(2048, "context, in tokens", at_least=1)
+    n_layer: int = setting(24, "blocks", group="The model", at_least=1, at_most=10_000)
+    n_head: int = setting(16, "attention heads", at_least=1, at_most=10_000)
+    n_embd: int = setting(1024, "channels", at_least=1, at_most=1_000_000)
+    block_size: int = setting(2048, "context, in tokens", at_least=1, at_most=10_000_000)
     dropout: float = setting(
         0.0, "0 for a single epoch; 0.1 or so for several", at_least=0, below=1
     )
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
     rows_per_step: int = setting(
-        32, "rows of block_size tokens a step, over all GPUs", group="The batch", at_least=1
+        32,
+        "rows of block_size tokens a step, over all GPUs",
+        group="The batch",
+        at_least=1,
+        at_most=1_000_000,
     )
     micro_batch_size: int | Literal["auto"] = setting(
-        4, "rows a GPU takes at once; auto: as many as fit", at_least=1
+        4, "rows a GPU takes at once; auto: as many as fit", at_least=1, at_most=1_000_000
     )
     gradient_accumulation_steps: int = setting(
         0,
@@ -132,6 +137,10 @@ class TrainConfig(settings.Settings):
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
             self.refuse("n_head", f"wanted a divisor of n_embd={self.n_embd}, as {near}")
+        n_steps, default = self.gradient_accumulation_steps, TrainConfig.rows_per_step
+        if n_steps and self.rows_per_step not in (default, self.step_rows):
+            why = f"but gradient_accumulation_steps={n_steps} makes it {self.step_rows}"
+            self.refuse("rows_per_step", f"{why}; give one of the two")
         if self.micro_batch_size != "auto" and self.step_rows % self.micro_batch_size:
             below = self.step_rows // self.micro_batch_size * self.micro_batch_size
             near = [n for n in (below, below + self.micro_batch_size) if n]
@@ -149,18 +158,269 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPT, GPTConfig
 from nanosynth import checkpoint
 from nanosynth.data import bins
-from nanosynth.device import (
-    autocast,
-    choose_dtype,
-    device_name,
-    keep_freed_memory,
-    peak_flops,
-)
-from nanosynth.files import write_atomically
-from nanosynth.training import distributed, micro_batch, optim, provenance
-from nanosynth.training.log import Console, MetricsFile, RunLog, WandbThread
+from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory, peak_flops
+from nanosynth.training import distributed, micro_batch, optim
+from nanosynth.training.log import Console, MetricsFile, RunLog, WandbThread, write_config
 
-MIN_LOSS_SCALE = 1.0  # below it float16 gradients underflow, and the run only seems to train
+# Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
+MIN_LOSS_SCALE = 1.0
+# A run of some 6,000 steps has no time for the defaults (65,536, doubled every 2,000 steps): most
+# models overflow at 2**16, and each overflow costs a step. 2**13 is found good at once, and a scale
+# that is too low doubles every 200 steps.
+INIT_LOSS_SCALE, SCALE_GROWTH_STEPS = 2.0**13, 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a step changes or reads. The same on every rank, but for `world`."""
+
+    config: TrainConfig
+    world: distributed.World
+    train_split: bins.Split
+    val_split: bins.Split
+    order: bins.RowOrder
+    max_steps: int
+    raw_model: GPT
+    model: torch.nn.Module  # raw_model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    guard: optim.SpikeGuard
+    dtype: torch.dtype
+    identity: dict  # what must not change within a run
+    first_step: int = 0
+    metrics_bytes: int = 0  # of metrics.jsonl that the checkpoint knows
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.out_dir)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.order.rows_per_step * self.config.block_size
+
+    @property
+    def n_eval_rows(self) -> int:
+        n_rows = self.val_split.n_rows(self.config.block_size)
+        return min(self.config.eval_rows or n_rows, n_rows)
+
+
+def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
+    """One pass for each step: evaluate and save what is due, then train. Call on every rank.
+
+    `step` counts the updates that are done. The last pass only evaluates and saves.
+    """
+    config, world = run.config, run.world
+    best_loss = checkpoint.best_loss(run.out_dir)
+    saved = True  # rank 0 alone saves; the others hear of a failure at the end
+    look_at_two_batches(run, log)
+    for step in range(run.first_step, run.max_steps + 1):
+        distributed.expect_progress(config.hang_seconds)
+        stopping = world.any(stop.requested)  # a collective, so all ranks stop at one step
+        is_last = stopping or step == run.max_steps
+        is_new = step > run.first_step  # a resumed step was evaluated and saved before
+        eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
+        save_due = is_new and (step % config.save_interval == 0 or is_last)
+        if eval_due or save_due:
+            check_health(run, log.flush(run.max_steps - step))
+            val_loss = None
+            if eval_due:
+                started = time.perf_counter()
+                val_loss = evaluate(run, run.n_eval_rows)
+                log.val(step, val_loss, time.perf_counter() - started)
+                save_due |= val_loss < best_loss
+            if save_due and world.is_main:
+                saved = save(run, step, log, val_loss)
+                best_loss = checkpoint.best_loss(run.out_dir)
+            log.restart_clock()  # neither counts as training in tokens a second
+        if is_last:
+            return finish(run, step, log, stopping=stopping, saved=saved)
+
+        take_step(run, step, log)
+        if (step + 1) % config.log_interval == 0:
+            check_health(run, log.flush(run.max_steps - step - 1))
+
+
+def take_step(run: Run, step: int, log: RunLog) -> None:
+    """The update that follows `step` updates; its figures wait in the log. Call on every rank."""
+    config = run.config
+    learning_rate = optim.lr_at(
+        step,
+        max_steps=run.max_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        min_learning_rate=config.min_learning_rate,
+        decay=config.decay,
+    )
+    optim.set_learning_rate(run.optimizer, learning_rate)
+    rows = run.order.step(step)
+    n_targets = bins.count_targets(run.train_split, rows, config.block_size, config.loss_on)
+    n_targets = max(1, n_targets)  # a step may hold no assistant token at all
+    stats = train_step(run, micro_batches(run, step), n_targets)
+    facts = {
+        "step": step,
+        "lr": learning_rate,
+        "epoch": run.order.epoch(step),
+        "tokens": (step + 1) * run.tokens_per_step,
+        "rows": rows,
+    }
+    flops = run.raw_model.flops(run.tokens_per_step, n_targets)
+    log.train(facts, stats, n_tokens=run.tokens_per_step, flops=flops)
+
+
+def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: int) -> Tensor:
+    """One update from this rank's numbered micro-batches; [loss, grad_norm, loss_scale, n_skipped]
+    (4,), which stay on the device: nothing here waits for it. Call on every rank.
+
+    A loss spike, or a gradient that is not finite on any rank, leaves weights and moments as they
+    are on all ranks.
+    """
+    config, world, scaler = run.config, run.world, run.scaler
+    n_micro_steps = run.order.micro_batches_per_step // world.size
+    loss = torch.zeros((), device=world.device)
+    for micro_step, (number, batch) in enumerate(batches):
+        torch.manual_seed(dropout_seed(config.seed, number))
+        with contextlib.ExitStack() as contexts:
+            if world.size > 1 and micro_step < n_micro_steps - 1:
+                contexts.enter_context(run.model.no_sync())  # gradients travel once a step
+            with autocast(world.device, run.dtype):
+                loss_sum = run.model(*batch.to(world.device)).sum()  # (N,) -> ()
+            # The step's loss is a sum over all micro-batches and ranks, divided by all their
+            # targets: a mean of means would weigh a micro-batch of few answers as much as one of
+            # many. DDP averages gradients over the ranks; times their number makes the sum.
+            scaler.scale(loss_sum * (world.size / n_targets)).backward()
+        loss += loss_sum.detach() / n_targets
+    world.sum(loss)  # a collective
+    loss_scale = scaler.scale(torch.ones((), device=world.device))
+    scaler.unscale_(run.optimizer)
+    grad_norm = optim.clip_gradients(run.model.parameters(), config.grad_clip)
+    accepted = run.guard.accepts(loss) & grad_norm.isfinite()  # alike on all ranks
+    run.guard.note(loss, accepted)
+    # A fused optimizer leaves everything as it is where found_inf is 1, without asking the host:
+    # the way GradScaler.step tells it, used directly so that every dtype, and a spike as well as an
+    # overflow, takes the same path. unscale_ has told the scaler of an overflow already.
+    run.optimizer.found_inf = (~accepted).float()
+    run.optimizer.step()
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, grad_norm, loss_scale, run.guard.n_skipped])
+
+
+def dropout_seed(seed: int, number: int) -> int:
+    """Dropout belongs to the micro-batch, not to the process: a resumed run and any number of ranks
+    draw the same masks.
+    """
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
+
+
+def micro_batches(run: Run, step: int) -> Iterator[tuple[int, bins.Batch]]:
+    """This rank's share of a step: (number in the whole run, batch), read as it is asked for."""
+    config = run.config
+    for number in run.order.numbers(step, run.world.rank, run.world.size):
+        rows = run.order.micro_batch(number)
+        yield number, bins.read_batch(run.train_split, rows, config.block_size, config.loss_on)
+
+
+@torch.no_grad()
+def evaluate(run: Run, n_rows: int) -> float:
+    """Mean loss over the first `n_rows` validation rows, NaN without a target there: always the
+    same rows, so that two evaluations differ by the weights alone. Call on every rank.
+    """
+    config, world, size = run.config, run.world, run.order.micro_batch_size
+    run.raw_model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
+    for start in range(world.rank * size, n_rows, world.size * size):
+        rows = list(range(start, min(start + size, n_rows)))
+        batch = bins.read_batch(run.val_split, rows, config.block_size, config.loss_on)
+        with autocast(world.device, run.dtype):
+            losses = run.raw_model(*batch.to(world.device))  # (N,)
+        totals[0] += losses.double().sum()
+        totals[1] += losses.numel()
+    run.raw_model.train()
+    loss_sum, n_targets = world.sum(totals).tolist()  # a collective
+    return loss_sum / n_targets if n_targets else math.nan
+
+
+def look_at_two_batches(run: Run, log: RunLog) -> None:
+    """Evaluate a little: a broken evaluation shows in the first minute, not at the first interval.
+    Call on every rank.
+    """
+    n_rows = min(run.n_eval_rows, 2 * run.order.micro_batch_size * run.world.size)
+    loss = evaluate(run, n_rows)
+    log.say(f"step {run.first_step:>6}: validation loss of two batches {loss:.4f}")
+    log.restart_clock()
+
+
+def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
+    """Whether the checkpoint of `step` is published; a full disk costs it, not the run."""
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "guard": run.guard.state_dict(),
+    }
+    meta = {
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+        "identity": run.identity,
+        "settings": asdict(run.config),
+        "torch": str(torch.__version__),
+    }
+    tensors = run.raw_model.state_dict()
+    try:
+        state["metrics_bytes"] = log.synced_size()
+        path = checkpoint.save(run.out_dir, step, model=tensors, train_state=state, meta=meta)
+    except OSError as error:
+        log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
+        return False
+    log.say(f"step {step:>6}: saved {path}")
+    try:
+        checkpoint.prune(run.out_dir, run.config.keep_last)
+    except OSError as error:
+        log.say(f"step {step:>6}: old checkpoints stay, training goes on: {error}")
+    return True
+
+
+def check_health(run: Run, records: list[dict]) -> None:
+    """End a run that no longer learns; its checkpoints stay."""
+    for record in records:
+        n_skipped, loss_scale = record["skipped"], record["loss_scale"]
+        if n_skipped >= run.config.max_skipped_steps or loss_scale < MIN_LOSS_SCALE:
+            saved = checkpoint.steps(run.out_dir)
+            last = checkpoint.folder(run.out_dir, saved[-1]) if saved else "none"
+            raise UserError(
+                f"stopped at step {record['step']}: {n_skipped} steps skipped in a row, loss "
+                f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
+                f"{loss_scale:g}; last good checkpoint: {last}; try a lower --learning_rate or "
+                "--dtype=bfloat16, and look at the rows in metrics.jsonl"
+            )
+
+
+def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> None:
+    """Say how the run ended and what comes next. Call on every rank."""
+    if run.world.any(not saved):
+        raise UserError(
+            f"step {step} is not saved; free some space and run the same command again: it goes on "
+            "from the newest checkpoint"
+        )
+    if stopping:
+        log.say(f"stopped by a signal at step {step}; the same command goes on from there")
+    else:
+        name = run.config.out_dir
+        log.say(f"the run is complete: {step} steps in {name}; next:")
+        log.say(f"  python eval_ppl.py --run={name}           its perplexity")
+        log.say(f"  python sample.py --run={name} --chat      talk to it")
+        log.say(
+            f"  python -m verdict --run={name}            all that can be measured, and a report"
+        )
+
+
+def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
+    train, val = (bins.Split(config.data_dir, name) for name in bins.SPLITS)
+    for split in (train, val):
+        if not split.n_rows(config.block_size):
+            raise UserError(
+                f"{split.path} has {split.n_tokens} tokens, less than one row of block_size="
+                f"{config.block_size}; use a smaller --block_size or more data"
+            )
+    return train, val
 
 
 def model_config(config: TrainConfig) -> GPTConfig:
@@ -175,35 +435,34 @@ def model_config(config: TrainConfig) -> GPTConfig:
     )
 
 
-def fit_micro_batch(config: TrainConfig, world: distributed.World) -> TrainConfig:
-    """`config` with micro_batch_size=auto as a number, and said. Call on every rank."""
-    if config.micro_batch_size != "auto":
-        return config
-
-    def build() -> GPT:
-        with world.device:
-            model = GPT(model_config(config))
-        model.gradient_checkpointing = config.gradient_checkpointing
-        return model
-
-    size = micro_batch.largest(
-        build,
-        rows_per_step=config.step_rows,
-        block_size=config.block_size,
-        dtype=choose_dtype(config.dtype, world.device),
-        world=world,
-    )
-    n_steps = config.step_rows // size
-    if world.is_main:
-        print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
-    return replace(config, micro_batch_size=size, gradient_accumulation_steps=0)
-
-
-def row_order(config: TrainConfig, split: bins.Split) -> bins.RowOrder:
+def row_order(config: TrainConfig, world: distributed.World, n_rows: int) -> bins.RowOrder:
+    """Which rows each step takes, in micro-batches that divide over the ranks. Call on every
+    rank.
+    """
+    size = config.micro_batch_size
+    if size == "auto":
+        size = micro_batch.largest(
+            model_config(config),
+            gradient_checkpointing=config.gradient_checkpointing,
+            rows_per_step=config.step_rows,
+            dtype=choose_dtype(config.dtype, world.device),
+            world=world,
+        )
+        if world.is_main:
+            n_steps = config.step_rows // size
+            print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
+    at_once = size * world.size
+    if config.step_rows % at_once:
+        below = config.step_rows // at_once * at_once
+        wanted = " or ".join(f"--rows_per_step={n}" for n in (below, below + at_once) if n)
+        raise UserError(
+            f"{config.step_rows} rows a step do not divide over {world.size} GPUs in micro-batches "
+            f"of {size}; use {wanted}, or a smaller --micro_batch_size"
+        )
     return bins.RowOrder(
-        n_rows=split.n_rows(config.block_size),
-        micro_batch_size=config.micro_batch_size,
-        micro_batches_per_step=config.step_rows // config.micro_batch_size,
+        n_rows=n_rows,
+        micro_batch_size=size,
+        micro_batches_per_step=config.step_rows // size,
         seed=config.seed,
     )
 
@@ -220,78 +479,55 @@ def count_steps(config: TrainConfig, order: bins.RowOrder) -> int:
     return steps
 
 
-def check_divides(config: TrainConfig, world_size: int) -> None:
-    """Every rank takes as many micro-batches as any other."""
-    at_once = config.micro_batch_size * world_size
-    if config.step_rows % at_once:
-        below = config.step_rows // at_once * at_once
-        wanted = " or ".join(f"--rows_per_step={n}" for n in (below, below + at_once) if n)
-        raise UserError(
-            f"rows_per_step={config.step_rows} does not divide over {world_size} GPUs that take "
-            f"micro_batch_size={config.micro_batch_size} each; use {wanted}"
-        )
-
-
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | optim.Muon,
-    scaler: torch.amp.GradScaler,
-    guard: optim.SpikeGuard,
-    batches: Iterable[tuple[int, bins.Batch]],
-    *,
-    n_micro_steps: int,
-    n_targets: int,
-    world: distributed.World,
-    dtype: torch.dtype,
-    grad_clip: float,
-    seed: int,
-) -> Tensor:
-    """One update from this rank's micro-batches; [loss, grad_norm, loss_scale, n_skipped] (4,).
-
-    `n_targets` counts the targets of the step over all ranks: each loss is a sum divided by it, so
-    any division into micro-batches and ranks gives the same mean. A loss spike, or a gradient that
-    is not finite on any rank, leaves weights and moments as they are on all. Call on every rank.
-    """
-    loss = torch.zeros((), device=world.device)
-    for micro_step, (number, batch) in enumerate(batches):
-        # Dropout belongs to the micro-batch, not to the process: a resumed run and any number of
-        # ranks draw the same.
-        torch.manual_seed(
-            int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
-        )
-        is_last = micro_step == n_micro_steps - 1
-        distributed_model = isinstance(model, DistributedDataParallel)
-        alone = model.no_sync() if distributed_model and not is_last else contextlib.nullcontext()
-        with alone:
-            with autocast(world.device, dtype):
-                loss_sum = model(*batch.to(world.device)).sum()
-            # DDP averages gradients over the ranks; times their number makes the sum.
-            scaler.scale(loss_sum * (world.size / n_targets)).backward()
-        loss += loss_sum.detach() / n_targets
-    world.sum(loss)
-    loss_scale = scaler.scale(torch.ones((), device=world.device))
-    scaler.unscale_(optimizer)
-    grad_norm = optim.clip_gradients(model.parameters(), grad_clip)
-    accepted = guard.accepts(loss) & grad_norm.isfinite()
-    guard.note(loss, accepted)
-    # Fused AdamW leaves everything as it is where found_inf is 1: the way GradScaler.step tells it,
-    # used directly so that every dtype, and a spike as well as an overflow, takes the same path.
-    optimizer.found_inf = (~accepted).float()
-    optimizer.step()
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm, loss_scale, guard.n_skipped])
-
-
-def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
-    train, val = (bins.Split(config.data_dir, name) for name in bins.SPLITS)
-    for split in (train, val):
-        if not split.n_rows(config.block_size):
-            raise UserError(
-                f"{split.path} has {split.n_tokens} tokens, less than one row of block_size="
-                f"{config.block_size}; use a smaller --block_size or more data"
-            )
-    return train, val
+def build(
+    config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
+) -> Run:
+    """A new run, or one restored from its checkpoint. Call on every rank."""
+    train_split, val_split = splits
+    order = row_order(config, world, train_split.n_rows(config.block_size))
+    max_steps = count_steps(config, order)
+    dtype = choose_dtype(config.dtype, world.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(config.seed)
+    with world.device:
+        raw_model = GPT(model_config(config))
+    if config.zero_init:
+        raw_model.zero_projections()
+    raw_model.gradient_checkpointing = config.gradient_checkpointing
+    run = Run(
+        config=config,
+        world=world,
+        train_split=train_split,
+        val_split=val_split,
+        order=order,
+        max_steps=max_steps,
+        raw_model=raw_model,
+        model=raw_model,
+        optimizer=optim.build_optimizer(
+            config.optimizer,
+            raw_model,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            world=world,
+        ),
+        scaler=torch.amp.GradScaler(
+            world.device.type,
+            init_scale=INIT_LOSS_SCALE,
+            growth_interval=SCALE_GROWTH_STEPS,
+            enabled=dtype == torch.float16,
+        ),
+        guard=optim.SpikeGuard(config.spike_sigmas, world.device),
+        dtype=dtype,
+        identity=identity(config, train_split),
+    )
+    run = restore(run)
+    # In place, so that the state dict keeps its names; DDP goes around what is compiled.
+    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+        raw_model.compile()
+    if world.size > 1:
+        run = replace(run, model=DistributedDataParallel(raw_model, gradient_as_bucket_view=True))
+    return run
 
 
 def identity(config: TrainConfig, train: bins.Split) -> dict:
@@ -306,15 +542,34 @@ def identity(config: TrainConfig, train: bins.Split) -> dict:
     }
 
 
-def find_start(config: TrainConfig, world: distributed.World, wanted: dict) -> Path | None:
+def restore(run: Run) -> Run:
+    """The run as its checkpoint left it, or with the weights of --init_from. Call on every rank."""
+    path = find_start(run)
+    if path is None:
+        if run.config.init_from:
+            load_weights(run.raw_model, checkpoint.find(run.config.init_from))
+        return run
+    meta = load_weights(run.raw_model, path)
+    state = checkpoint.read_train_state(path)
+    if absent := {"optimizer", "scaler", "guard", "metrics_bytes"} - state.keys():
+        raise checkpoint.Damaged(f"{path}: its training state lacks {sorted(absent)}")
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.guard.load_state_dict(state["guard"])
+    # Of another run's folder, given by --resume, the metrics stay there.
+    metrics_bytes = state["metrics_bytes"] if path.parent == run.out_dir else 0
+    return replace(run, first_step=meta["step"], metrics_bytes=metrics_bytes)
+
+
+def find_start(run: Run) -> Path | None:
     """The step folder to go on from, or None. Rank 0 looks and all hear. Call on every rank."""
     path, error = None, None
-    if world.is_main:
+    if run.world.is_main:
         try:
-            path = checkpoint.find_start(Path(config.out_dir), config.resume, wanted)
-        except UserError as found:
-            error = str(found)
-    path, error = world.from_main((path, error))
+            path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity)
+        except UserError as why:
+            error = str(why)
+    path, error = run.world.from_main((path, error))
     if error:
         raise UserError(error)
     return path
@@ -323,10 +578,8 @@ def find_start(config: TrainConfig, world: distributed.World, wanted: dict) -> P
 def load_weights(raw_model: GPT, path: Path) -> dict:
     """Copy a step folder's weights into the model; the folder's meta."""
     meta = checkpoint.read_meta(path)
-    found, wanted = meta["identity"]["model"], asdict(raw_model.config)
-    different = {
-        key: found[key] for key in wanted if key != "dropout" and found[key] != wanted[key]
-    }
+    theirs, ours = meta["identity"]["model"], asdict(raw_model.config)
+    different = {key: theirs[key] for key in ours if key != "dropout" and theirs[key] != ours[key]}
     if different:
         flags = " ".join(f"--{key}={value}" for key, value in different.items())
         raise UserError(f"{path} holds a model of another shape; its settings are {flags}")
@@ -334,173 +587,29 @@ def load_weights(raw_model: GPT, path: Path) -> dict:
     return meta
 
 
-class Training(NamedTuple):
-    """Everything that a step changes or reads, built or restored."""
-
-    raw_model: GPT
-    model: torch.nn.Module  # raw_model, or DDP around it
-    optimizer: torch.optim.Optimizer | optim.Muon
-    scaler: torch.amp.GradScaler
-    guard: optim.SpikeGuard
-    dtype: torch.dtype
-    identity: dict
-    first_step: int
-    metrics_bytes: int  # of metrics.jsonl that the checkpoint knows
-
-
-def build(config: TrainConfig, world: distributed.World, train_split: bins.Split) -> Training:
-    """A new run, or one restored from its checkpoint. Call on every rank."""
-    dtype = choose_dtype(config.dtype, world.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    with world.device:
-        raw_model = GPT(model_config(config))
-    if config.zero_init:
-        raw_model.zero_projections()
-    raw_model.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = optim.build_optimizer(
-        config.optimizer,
-        raw_model,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        world=world,
-    )
-    # A run has few steps: the scale starts low and grows soon (defaults: 65,536 and 2,000).
-    scaler = torch.amp.GradScaler(
-        world.device.type, init_scale=2.0**13, growth_interval=200, enabled=dtype == torch.float16
-    )
-    guard = optim.SpikeGuard(config.spike_sigmas, world.device)
-    run_identity = identity(config, train_split)
-    resume_from = find_start(config, world, run_identity)
-    first_step, metrics_bytes = 0, 0
-    if resume_from:
-        first_step = load_weights(raw_model, resume_from)["step"]
-        state = checkpoint.read_train_state(resume_from)
-        if absent := {"optimizer", "scaler", "guard", "metrics_bytes"} - state.keys():
-            raise checkpoint.Damaged(f"{resume_from}: its training state lacks {sorted(absent)}")
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        guard.load_state_dict(state["guard"])
-        if resume_from.parent == Path(config.out_dir):
-            metrics_bytes = state["metrics_bytes"]
-    elif config.init_from:
-        load_weights(raw_model, checkpoint.find(config.init_from))
-    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
-        raw_model.compile()
-    model: torch.nn.Module = raw_model
-    if world.size > 1:
-        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
-    return Training(
-        raw_model, model, optimizer, scaler, guard, dtype, run_identity, first_step, metrics_bytes
-    )
-
-
-@torch.no_grad()
-def evaluate(
-    training: Training,
-    split: bins.Split,
-    world: distributed.World,
-    config: TrainConfig,
-    *,
-    n_rows: int,
-) -> float:
-    """Mean loss over the first `n_rows` rows, NaN without a target there. Call on every rank."""
-    training.raw_model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
-    size = config.micro_batch_size
-    for start in range(world.rank * size, n_rows, world.size * size):
-        rows = list(range(start, min(start + size, n_rows)))
-        batch = bins.read_batch(split, rows, config.block_size, config.loss_on)
-        with autocast(world.device, training.dtype):
-            losses = training.raw_model(*batch.to(world.device))
-        totals[0] += losses.double().sum()
-        totals[1] += losses.numel()
-    training.raw_model.train()
-    loss_sum, n_targets = world.sum(totals).tolist()
-    return loss_sum / n_targets if n_targets else math.nan
-
-
-def save(
-    config: TrainConfig, step: int, training: Training, log: RunLog, val_loss: float | None
-) -> bool:
-    """Whether the checkpoint of `step` is published; a full disk costs it, not the run."""
-    run_dir = Path(config.out_dir)
-    state = {
-        "optimizer": training.optimizer.state_dict(),
-        "scaler": training.scaler.state_dict(),
-        "guard": training.guard.state_dict(),
-    }
-    meta = {
-        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-        "identity": training.identity,
-        "settings": asdict(config),
-        "torch": str(torch.__version__),
-    }
-    tensors = training.raw_model.state_dict()
-    try:
-        state["metrics_bytes"] = log.synced_size()
-        path = checkpoint.save(run_dir, step, model=tensors, train_state=state, meta=meta)
-    except OSError as error:
-        log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
-        return False
-    log.say(f"step {step:>6}: saved {path}")
-    try:
-        checkpoint.prune(run_dir, config.keep_last)
-    except OSError as error:
-        log.say(f"step {step:>6}: old checkpoints stay, training goes on: {error}")
-    return True
-
-
-def check_health(config: TrainConfig, records: list[dict]) -> None:
-    """End a run that no longer learns; its checkpoints stay."""
-    for record in records:
-        if record["skipped"] >= config.max_skipped_steps or record["loss_scale"] < MIN_LOSS_SCALE:
-            saved = checkpoint.steps(Path(config.out_dir))
-            last = checkpoint.folder(Path(config.out_dir), saved[-1]) if saved else "none"
-            raise UserError(
-                f"stopped at step {record['step']}: {record['skipped']} steps skipped in a row, "
-                f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
-                f"{record['loss_scale']:g}; last good checkpoint: {last}; try a lower "
-                "--learning_rate or --dtype=bfloat16, and look at the rows in metrics.jsonl"
-            )
-
-
-def open_log(
-    config: TrainConfig,
-    world: distributed.World,
-    training: Training,
-    max_steps: int,
-) -> RunLog:
+def open_log(run: Run) -> RunLog:
     """The run's log; rank 0 writes config.json and says what is about to run."""
+    config, world, out_dir = run.config, run.world, run.out_dir
     name = device_name(world.device)
     outputs = None
     if world.is_main:
-        run_dir = Path(config.out_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.check_space(run_dir, training.raw_model.n_parameters(), config.keep_last)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        n_parameters = run.raw_model.n_parameters()
+        checkpoint.check_space(out_dir, n_parameters, config.keep_last)
         facts = {
             "settings": asdict(config),
-            "parameters": training.raw_model.n_parameters(),
-            "max_steps": max_steps,
-            "tokens_per_step": training.identity["rows_per_step"] * config.block_size,
+            "parameters": n_parameters,
+            "max_steps": run.max_steps,
+            "tokens_per_step": run.tokens_per_step,
             "world_size": world.size,
             "device": name,
-            "dtype": str(training.dtype).removeprefix("torch."),
-            **provenance.versions(),
-            "starts": provenance.starts(
-                run_dir / "config.json",
-                first_step=training.first_step,
-                world_size=world.size,
-                device=name,
-            ),
+            "dtype": str(run.dtype).removeprefix("torch."),
         }
-        write_atomically(run_dir / "config.json", json.dumps(facts, indent=2))
+        write_config(out_dir / "config.json", facts, first_step=run.first_step)
         print(settings.describe(config))
         print(
-            f"{facts['parameters']:,} parameters, {max_steps:,} steps of "
-            f"{facts['tokens_per_step']:,} tokens, {world.size} x {name}, {facts['dtype']}, "
-            f"torch {facts['torch']}",
+            f"{n_parameters:,} parameters, {run.max_steps:,} steps of {run.tokens_per_step:,} "
+            f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}",
             flush=True,
         )
         wandb = None
@@ -508,163 +617,43 @@ def open_log(
             wandb = WandbThread(
                 mode=config.wandb,
                 project=config.wandb_project,
-                name=config.wandb_run_name or run_dir.name,
-                folder=run_dir,
+                name=config.wandb_run_name or out_dir.name,
+                folder=out_dir,
                 config=asdict(config),
             )
-        file = MetricsFile(run_dir / "metrics.jsonl", training.metrics_bytes)
-        outputs = (file, Console(training.first_step, max_steps), wandb)
-    return RunLog(
-        outputs,
-        device=world.device,
-        n_devices=world.size,
-        peak=peak_flops(name, training.dtype),
-    )
+        file = MetricsFile(out_dir / "metrics.jsonl", run.metrics_bytes)
+        outputs = (file, Console(run.first_step, run.max_steps), wandb)
+    peak = peak_flops(name, run.dtype)
+    return RunLog(outputs, device=world.device, n_devices=world.size, peak=peak)
+
+
+def train(
+    config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
+) -> None:
+    """Build, train, close. Its own function, so that DDP is gone before the process group: the last
+    reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
+    """
+    stop = distributed.StopSignal()
+    run = build(config, world, splits)
+    log = open_log(run)
+    if run.first_step < run.max_steps:
+        loop(run, log, stop)
+    else:
+        log.say(f"the run is complete: {run.first_step} steps in {config.out_dir}")
+    log.close()
 
 
 def main(config: TrainConfig) -> None:
     splits = open_splits(config)
     with distributed.start(config.device, config.hang_seconds) as world:
-        config = fit_micro_batch(config, world)
         try:
-            run(config, world, splits)
+            train(config, world, splits)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
             raise UserError(
                 f"{reason} at micro_batch_size={config.micro_batch_size}; halve it, the steps stay "
-                "the same; or use --gradient_checkpointing=True"
+                "the same, or use --gradient_checkpointing=True"
             ) from error
-
-
-def run(
-    config: TrainConfig,
-    world: distributed.World,
-    splits: tuple[bins.Split, bins.Split],
-) -> None:
-    """Build, train, close. Its own function, so that DDP is gone before the process group: the last
-    reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
-    """
-    check_divides(config, world.size)
-    order = row_order(config, splits[0])
-    max_steps = count_steps(config, order)
-    stop = distributed.StopSignal()
-    training = build(config, world, splits[0])
-    log = open_log(config, world, training, max_steps)
-    if training.first_step >= max_steps:
-        log.say(f"the run is complete: {training.first_step} steps in {config.out_dir}")
-    else:
-        loop(config, world, training, log, stop, splits, order, max_steps)
-    log.close()
-
-
-def loop(
-    config: TrainConfig,
-    world: distributed.World,
-    training: Training,
-    log: RunLog,
-    stop: distributed.StopSignal,
-    splits: tuple[bins.Split, bins.Split],
-    order: bins.RowOrder,
-    max_steps: int,
-) -> None:
-    """One pass for each step: evaluate and save what is due, then train. Call on every rank.
-
-    `step` counts the updates that are done. The last pass only evaluates and saves.
-    """
-    train_split, val_split = splits
-    n_val_rows = val_split.n_rows(config.block_size)
-    n_eval_rows = min(config.eval_rows, n_val_rows) if config.eval_rows else n_val_rows
-    best_loss = checkpoint.best_loss(Path(config.out_dir))
-    saved = True  # rank 0 alone saves; the others hear of a failure at the end
-    # A broken evaluation shows in the first minute, not at the first interval.
-    two_batches = min(n_eval_rows, 2 * config.micro_batch_size * world.size)
-    loss = evaluate(training, val_split, world, config, n_rows=two_batches)
-    log.say(f"step {training.first_step:>6}: validation loss of two batches {loss:.4f}")
-    log.restart_clock()
-    for step in range(training.first_step, max_steps + 1):
-        distributed.expect_progress(config.hang_seconds)
-        stopping = world.any(stop.requested)
-        is_last = stopping or step == max_steps
-        is_new = step > training.first_step  # a resumed step was evaluated and saved before
-        eval_due = is_new and (step % config.eval_interval == 0 or step == max_steps)
-        save_due = is_new and (step % config.save_interval == 0 or is_last)
-        if eval_due or save_due:
-            check_health(config, log.flush(max_steps - step))
-            val_loss = None
-            if eval_due:
-                started = time.perf_counter()
-                val_loss = evaluate(training, val_split, world, config, n_rows=n_eval_rows)
-                log.val(step, val_loss, time.perf_counter() - started)
-                save_due |= val_loss < best_loss
-            if save_due and world.is_main:
-                saved = save(config, step, training, log, val_loss)
-                best_loss = checkpoint.best_loss(Path(config.out_dir))
-            log.restart_clock()
-        if is_last:
-            if world.any(not saved):
-                raise UserError(
-                    f"step {step} is not saved; free some space and run the same command again: it "
-                    "goes on from the newest checkpoint"
-                )
-            if stopping:
-                log.say(f"stopped by a signal at step {step}; the same command goes on from there")
-            return
-        train_one(config, world, training, log, train_split, order, step, max_steps)
-        if (step + 1) % config.log_interval == 0:
-            check_health(config, log.flush(max_steps - step - 1))
-
-
-def train_one(
-    config: TrainConfig,
-    world: distributed.World,
-    training: Training,
-    log: RunLog,
-    split: bins.Split,
-    order: bins.RowOrder,
-    step: int,
-    max_steps: int,
-) -> None:
-    """Take the step that follows `step` updates, and queue its figures. Call on every rank."""
-    learning_rate = optim.lr_at(
-        step,
-        max_steps=max_steps,
-        warmup_steps=config.warmup_steps,
-        learning_rate=config.learning_rate,
-        min_learning_rate=config.min_learning_rate,
-        decay=config.decay,
-    )
-    optim.set_learning_rate(training.optimizer, learning_rate)
-    n_targets = bins.count_targets(split, order.step(step), config.block_size, config.loss_on)
-    numbers = order.numbers(step, world.rank, world.size)
-    stats = train_step(
-        training.model,
-        training.optimizer,
-        training.scaler,
-        training.guard,
-        ((n, read_micro_batch(config, split, order, n)) for n in numbers),
-        n_micro_steps=len(numbers),
-        n_targets=max(1, n_targets),  # a step may hold no assistant token at all
-        world=world,
-        dtype=training.dtype,
-        grad_clip=config.grad_clip,
-        seed=config.seed,
-    )
-    n_tokens = order.rows_per_step * config.block_size
-    fields = {
-        "step": step,
-        "lr": learning_rate,
-        "epoch": order.epoch(step),
-        "tokens": (step + 1) * n_tokens,
-        "rows": order.step(step),
-    }
-    flops = training.raw_model.flops(n_tokens, n_targets)
-    log.train(fields, stats, n_tokens=n_tokens, flops=flops)
-
-
-def read_micro_batch(
-    config: TrainConfig, split: bins.Split, order: bins.RowOrder, number: int
-) -> bins.Batch:
-    return bins.read_batch(split, order.micro_batch(number), config.block_size, config.loss_on)
 
 
 if __name__ == "__main__":

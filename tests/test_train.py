@@ -2,20 +2,23 @@ import errno
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train
-from nanosynth import UserError, checkpoint
+from nanosynth import UserError, checkpoint, settings
 from nanosynth.data import bins
-from nanosynth.training import log, optim
+from nanosynth.device import peak_flops
+from nanosynth.training import optim
 from tiny import (
     ALONE,
     RUN,
     losses,
     random_ids,
     read_metrics,
+    run_of,
     tiny_model,
     train_run,
     write_bins,
@@ -50,22 +53,16 @@ def random_batch(seed: int, rows: int = 4) -> bins.Batch:
 
 def step(model, optimizer, batches, *, scaler=None, guard=None, dtype=torch.float32, **changes):
     """[loss, grad_norm, loss_scale, n_skipped] of one train_step over these micro-batches."""
-    arguments = {
-        "n_micro_steps": len(batches),
-        "n_targets": sum(batch.targets.numel() for batch in batches),
-        "world": ALONE,
-        "dtype": dtype,
-        "grad_clip": 1.0,
-        "seed": 42,
-    }
-    return train.train_step(
+    run = run_of(
         model,
         optimizer,
-        scaler or make_scaler(),
-        guard or optim.SpikeGuard(0.0, ALONE.device),
-        enumerate(batches),
-        **(arguments | changes),
+        len(batches),
+        config=train.TrainConfig(**changes),
+        scaler=scaler or make_scaler(),
+        guard=guard or optim.SpikeGuard(0.0, ALONE.device),
+        dtype=dtype,
     )
+    return train.train_step(run, enumerate(batches), sum(b.targets.numel() for b in batches))
 
 
 def state_of(model, optimizer) -> list[torch.Tensor]:
@@ -196,14 +193,14 @@ def test_another_eval_interval_leaves_training_as_it_is(tiny_bins, tmp_path, run
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_three_steps_and_three_after_a_restart_equal_six(tiny_bins, tmp_path, dtype, optimizer):
-    settings = {"dropout": 0.2, "dtype": dtype, "save_interval": 3, "eval_interval": 3}
-    settings["optimizer"] = optimizer
+    changes = {"dropout": 0.2, "dtype": dtype, "save_interval": 3, "eval_interval": 3}
+    changes["optimizer"] = optimizer
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    wanted = train_run(tiny_bins, whole, **settings)
+    wanted = train_run(tiny_bins, whole, **changes)
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "step_000006")
     os.unlink(parts / "latest")
-    found = train_run(tiny_bins, parts, **settings)
+    found = train_run(tiny_bins, parts, **changes)
     assert [(r["step"], r["split"], r["loss"]) for r in found] == [
         (r["step"], r["split"], r["loss"]) for r in wanted
     ]
@@ -247,9 +244,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_run(tiny_bins, run_dir, tmp_
     assert records[-1]["step"] == 8 and checkpoint.steps(out_dir)[-1] == 8
 
 
-@pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"micro_batch_size": 1}, {"loss_on": "assistant"}]
-)
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"rows_per_step": 2}, {"loss_on": "assistant"}])
 def test_a_run_of_another_identity_is_refused(tiny_bins, run_dir, tmp_path, changes):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UserError, match="was made with .* this run has .*--out_dir"):
@@ -323,11 +318,36 @@ def test_one_epoch_takes_all_rows(tiny_bins):
     assert (n_steps - 1) * 4 < order.n_rows <= n_steps * 4
 
 
-def test_uneven_accumulation_over_ranks_is_refused():
-    config = train.TrainConfig(**{**RUN, "gradient_accumulation_steps": 6})
-    train.check_divides(config, 3)
-    with pytest.raises(UserError, match="does not divide over 4 GPUs; use .*=4 or .*=8"):
-        train.check_divides(config, 4)
+def test_uneven_micro_batches_over_ranks_are_refused():
+    config = train.TrainConfig(**{**RUN, "rows_per_step": 12})
+    world = replace(ALONE, size=3)
+    assert train.row_order(config, world, n_rows=100).micro_batches_per_step == 6
+    with pytest.raises(UserError, match="not divide over 4 GPUs .* of 2; use .*=8 or .*=16, or a"):
+        train.row_order(config, replace(ALONE, size=4), n_rows=100)
+
+
+def test_accumulation_steps_are_another_way_to_say_the_rows():
+    assert train.TrainConfig(micro_batch_size=3, gradient_accumulation_steps=4).step_rows == 12
+    assert train.TrainConfig(micro_batch_size=2).step_rows == 32
+    auto = {"micro_batch_size": "auto", "gradient_accumulation_steps": 4, "rows_per_step": 8}
+    assert train.TrainConfig(**auto).step_rows == 8
+
+
+def test_a_flag_of_the_rows_replaces_what_the_file_says_of_them(tmp_path):
+    """In either way to say it."""
+    file = tmp_path / "config.py"
+
+    def rows(text: str, *flags: str) -> int:
+        file.write_text(text)
+        argv = [str(file), *flags]
+        return settings.load(train.TrainConfig, argv, "train.py", config_file=True).step_rows
+
+    both = "micro_batch_size = 4\ngradient_accumulation_steps = 8\nrows_per_step = 32\n"
+    assert rows(both) == rows(both, "--micro_batch_size=auto") == 32
+    assert rows(both, "--rows_per_step=64") == 64
+    assert rows("rows_per_step = 64\n", "--gradient_accumulation_steps=4") == 16
+    with pytest.raises(UserError, match="--rows_per_step=24; .*gradient_accumulation_steps"):
+        rows(both, "--rows_per_step=24", "--gradient_accumulation_steps=2")
 
 
 def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
@@ -342,7 +362,9 @@ def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
         {"n_head": 0},
         {"n_embd": 0},
         {"micro_batch_size": 0},
-        {"gradient_accumulation_steps": 0},
+        {"gradient_accumulation_steps": -1},
+        {"rows_per_step": 0},
+        {"rows_per_step": 5},
         {"eval_interval": 0},
         {"eval_rows": -1},
         {"max_steps": -1},
@@ -368,7 +390,7 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 def test_flops_and_tokens_of_a_record_agree(run_dir):
     record = read_metrics(run_dir)[0]
     assert record["tokens"] == 64 and record["mfu"] is None
-    assert log.peak_flops("cpu", torch.bfloat16) is None
+    assert peak_flops("cpu", torch.bfloat16) is None
 
 
 def test_a_run_whose_last_save_fails_says_so_and_fails(tiny_bins, tmp_path, monkeypatch):
@@ -384,7 +406,7 @@ def test_out_of_memory_names_the_flags(tiny_bins, tmp_path, monkeypatch):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.21 GiB. GPU 0 has")
 
-    monkeypatch.setattr(train, "run", too_large)
-    wanted = r"^CUDA out of memory at micro_batch_size=2; halve it and double --gradient_acc"
+    monkeypatch.setattr(train, "train", too_large)
+    wanted = r"^CUDA out of memory at micro_batch_size=2; halve it, .* --gradient_checkpointing"
     with pytest.raises(UserError, match=wanted):
         train_run(tiny_bins, tmp_path / "run")

@@ -14,7 +14,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanosynth.data import bins
-from nanosynth.training import distributed
+from nanosynth.training import distributed, optim
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "prepare", "sample", "eval_ppl")
@@ -45,6 +45,28 @@ def tiny_model(seed: int = 0, **changes) -> GPT:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 64}
     torch.manual_seed(seed)
     return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def run_of(model: GPT, optimizer: torch.optim.Optimizer, n_micro_batches: int = 1, **parts):
+    """A train.Run of this model without data; `parts` replace its own."""
+    own = {
+        "config": train.TrainConfig(),
+        "world": ALONE,
+        "train_split": None,
+        "val_split": None,
+        "order": bins.RowOrder(
+            n_rows=1, micro_batch_size=1, micro_batches_per_step=n_micro_batches, seed=42
+        ),
+        "max_steps": 1,
+        "raw_model": model,
+        "model": model,
+        "optimizer": optimizer,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "guard": optim.SpikeGuard(0.0, CPU),
+        "dtype": torch.float32,
+        "identity": {},
+    }
+    return train.Run(**(own | parts))
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = 64) -> torch.Tensor:

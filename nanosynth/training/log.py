@@ -6,16 +6,21 @@ metrics.jsonl has one JSON object a line and is the truth; the console and wandb
 import json
 import math
 import os
+import platform
 import queue
+import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from nanosynth import settings
 from nanosynth.device import memory_gb, model_flops_utilisation
+from nanosynth.files import write_atomically
 
 
 class MetricsFile:
@@ -101,13 +106,18 @@ class Console:
             self._bar.write(text)
 
     def train(self, record: dict, eta_seconds: float) -> None:
-        loss = "skipped" if record["skipped"] else f"loss {record['loss']:.4f}"
-        mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
-        text = (
-            f"{loss} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.2f} | "
-            f"scale {record['loss_scale']:g} | {record['tokens_per_second']:,.0f} tokens/s | "
-            f"mfu {mfu} | {record['memory_gb']:.1f} GB"
-        )
+        parts = [
+            "skipped" if record["skipped"] else f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.2e}",
+            f"grad norm {record['grad_norm']:.2f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['memory_gb']:.1f} GB",
+        ]
+        if record["loss_scale"] != 1:  # float16
+            parts.insert(3, f"scale {record['loss_scale']:g}")
+        if record["mfu"] is not None:  # of a device whose peak is known
+            parts.insert(-1, f"mfu {record['mfu']:.1%}")
+        text = " | ".join(parts)
         if self._bar is None:
             minutes, seconds = divmod(int(eta_seconds), 60)
             step = f"step {record['step']:>6}/{self._max_steps}"
@@ -209,3 +219,46 @@ class RunLog:
         for output in self._outputs or ():
             if output:
                 output.close()
+
+
+def write_config(path: Path, facts: dict, *, first_step: int) -> None:
+    """config.json: `facts`, versions, and each start of the run with its command and commit.
+
+    A resumed run has several starts, on other devices perhaps. Names no host and no user.
+    """
+    try:
+        earlier = list(json.loads(path.read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):  # a new run, or a file that kept none
+        earlier = []
+    this = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": settings.command_line(),
+        "commit": commit(Path(__file__).parent),
+        "first_step": first_step,
+        "world_size": facts["world_size"],
+        "device": facts["device"],
+    }
+    versions = {
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    content = {**facts, **versions, "starts": [*earlier, this]}
+    write_atomically(path, json.dumps(content, indent=2))
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout around `folder`, with '-dirty' where tracked files differ from it.
+
+    None where there is no git or no checkout: that is no error.
+    """
+    git = ["git", "--no-optional-locks", "-C", str(folder), "describe"]
+    describe = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            [*git, *describe], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

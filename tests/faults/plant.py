@@ -30,19 +30,19 @@ class Fault(NamedTuple):
         return NOW["rank"] == self.rank and self.step <= NOW["step"] < self.step + self.number
 
 
-NOW = {"rank": 0, "step": -1}  # the step that train_one takes or took last
+NOW = {"rank": 0, "step": -1}  # the step that is taken or was taken last
 
 
 def before_step(action: Callable[[train.TrainConfig, int], None]) -> None:
     """Call `action(config, step)` before each training step."""
-    take = train.train_one
+    take = train.take_step
 
-    def train_one(config, world, training, log, split, order, step, max_steps):
+    def take_step(run, step, log):
         NOW["step"] = step
-        action(config, step)
-        take(config, world, training, log, split, order, step, max_steps)
+        action(run.config, step)
+        take(run, step, log)
 
-    train.train_one = train_one
+    train.take_step = take_step
 
 
 def at_step(fault: Fault, action: Callable[[], None]) -> None:
@@ -78,10 +78,10 @@ def hash_weights(fault: Fault) -> None:
 
     take = train.train_step
 
-    def train_step(model, *arguments, **keywords):
-        result = take(model, *arguments, **keywords)
+    def train_step(run, *arguments):
+        result = take(run, *arguments)
         digest = hashlib.sha256()
-        for parameter in model.parameters():
+        for parameter in run.model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
         with open(f"{os.environ['WEIGHTS']}_{NOW['rank']}", "a") as file:
             file.write(digest.hexdigest() + "\n")
@@ -105,8 +105,8 @@ def valley(fault: Fault) -> None:
     """Validation losses that are lowest at the fault's step."""
     evaluate = train.evaluate
 
-    def planted(training, split, world, config, *, n_rows):
-        evaluate(training, split, world, config, n_rows=n_rows)
+    def planted(run, n_rows):
+        evaluate(run, n_rows)
         return 1.0 + abs(NOW["step"] + 1 - fault.step)
 
     train.evaluate = planted

@@ -274,21 +274,26 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
     )
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    scaler, guard = torch.amp.GradScaler("cpu"), train.optim.SpikeGuard(8.0, tiny.CPU)
-    identity = {"seed": 1}
-    training = train.Training(model, model, optimizer, scaler, guard, torch.half, identity, 0, 0)
+    run = tiny.run_of(
+        model,
+        optimizer,
+        config=config,
+        scaler=torch.amp.GradScaler("cpu"),
+        guard=train.optim.SpikeGuard(8.0, tiny.CPU),
+        identity={"seed": 1},
+    )
     said: list[str] = []
     path = run_dir / "metrics.jsonl"
-    file = train.metrics.MetricsFile(path, path.stat().st_size if path.exists() else 0)
+    file = train.MetricsFile(path, path.stat().st_size if path.exists() else 0)
     outputs = (file, mock.Mock(say=said.append), None)
-    log = train.metrics.RunLog(outputs, device=tiny.CPU, n_devices=1, peak=None)
+    log = train.RunLog(outputs, device=tiny.CPU, n_devices=1, peak=None)
 
     def save(step: int, val_loss: float | None = None) -> list[str]:
         with torch.no_grad():
             model.lm_head.weight += 1.0
         file.write({"step": step, "note": "x" * 100})
         said.clear()
-        train.save(config, step, training, log, val_loss)
+        train.save(run, step, log, val_loss)
         return list(said)
 
     return save

@@ -68,7 +68,7 @@ def test_other_number_of_ranks(optimizer, work, fault_bins, tally):
     row = tally(f"resumed by another number of ranks (1, 2, 4), {optimizer}")
     flags = {
         "optimizer": optimizer,
-        "gradient_accumulation_steps": 4,
+        "rows_per_step": 4,
         "micro_batch_size": 1,
         "dtype": "float32",
     }

@@ -32,7 +32,7 @@ def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
         "save_interval": 3,
         "log_interval": 1,
     }
-    settings |= {"gradient_accumulation_steps": 4, "micro_batch_size": 3}
+    settings |= {"rows_per_step": 12, "micro_batch_size": 3}
     wanted = train_run(tiny_bins, tmp_path / "one", **settings)
     flag_list = flags(**{**RUN, **settings, "data_dir": tiny_bins, "out_dir": tmp_path / "two"})
     done = torchrun(2, "train.py", *flag_list)
@@ -51,11 +51,11 @@ def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
 
 
 def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
-    settings = {**RUN, "gradient_accumulation_steps": 3, "data_dir": tiny_bins, "out_dir": tmp_path}
+    settings = {**RUN, "rows_per_step": 6, "data_dir": tiny_bins, "out_dir": tmp_path}
     done = torchrun(2, "train.py", *flags(**settings))
     assert done.returncode != 0
-    assert "gradient_accumulation_steps=3 does not divide over 2 GPUs" in done.stderr
-    assert "--gradient_accumulation_steps=2 or --gradient_accumulation_steps=4" in done.stderr
+    assert "6 rows a step do not divide over 2 GPUs" in done.stderr
+    assert "--rows_per_step=4 or --rows_per_step=8" in done.stderr
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
@@ -104,7 +104,7 @@ def test_a_signal_sent_twice_at_once_is_one_request():
 
 def test_a_hang_ends_the_process():
     code = (
-        "import time; from nanosynth import distributed as d; d.expect_progress(60); "
+        "import time; from nanosynth.training import distributed as d; d.expect_progress(60); "
         "d.expect_progress(0.2); time.sleep(30)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)

@@ -3,11 +3,13 @@ import weakref
 import pytest
 import torch
 
+from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint
 from nanosynth.training import micro_batch
 from nanosynth.training.distributed import World
 from tiny import ALONE, CPU, losses, tiny_model, train_run
 
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=64)
 GPU = World(rank=0, size=1, device=torch.device("cuda"))
 
 
@@ -23,64 +25,85 @@ def crowded(room: int):
     return model
 
 
-def largest(rows_per_step: int, world: World, room: int = 0) -> int:
+def largest(rows_per_step: int, world: World) -> int:
     return micro_batch.largest(
-        lambda: crowded(room),
+        SHAPE,
+        gradient_checkpointing=False,
         rows_per_step=rows_per_step,
-        block_size=16,
         dtype=torch.float32,
         world=world,
     )
 
 
 @pytest.fixture
-def shares(monkeypatch):
-    """The memory shares that are set, on a machine without a GPU."""
+def gpu(monkeypatch):
+    """Lets a trial find `room` rows in a GPU's memory; the memory shares that are set."""
     found = []
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: found.append(share)
     )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return found
+    fits = micro_batch.fits
+
+    def with_room(room: int) -> list[float]:
+        monkeypatch.setattr(micro_batch, "GPT", lambda config: crowded(room))
+        monkeypatch.setattr(
+            micro_batch, "fits", lambda shape, n, dtype, device, gc: fits(shape, n, dtype, CPU, gc)
+        )
+        return found
+
+    return with_room
 
 
-def test_a_trial_leaves_nothing_behind():
+def test_a_trial_leaves_nothing_behind(monkeypatch):
     models = []
 
-    def build():
+    def build(config):
         model = crowded(3)
         models.append(weakref.ref(model))
         return model
 
-    assert micro_batch.fits(build, 3, torch.float32)
-    assert not micro_batch.fits(build, 4, torch.float32)
+    monkeypatch.setattr(micro_batch, "GPT", build)
+    assert micro_batch.fits(SHAPE, 3, torch.float32, CPU, False)
+    assert not micro_batch.fits(SHAPE, 4, torch.float32, CPU, False)
     assert [model() for model in models] == [None, None]
 
 
-def test_a_model_without_room_does_not_fit():
-    def build():
+def test_a_trial_is_of_the_runs_own_model(monkeypatch):
+    made = []
+    monkeypatch.setattr(micro_batch, "GPT", lambda config: made.append(GPT(config)) or made[-1])
+    assert micro_batch.fits(SHAPE, 1, torch.float32, CPU, True)
+    assert made[0].config == SHAPE and made[0].gradient_checkpointing
+
+
+def test_a_model_without_room_does_not_fit(monkeypatch):
+    def build(config):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    assert not micro_batch.fits(build, 1, torch.float32)
+    monkeypatch.setattr(micro_batch, "GPT", build)
+    assert not micro_batch.fits(SHAPE, 1, torch.float32, CPU, False)
 
 
 @pytest.mark.parametrize(
     ("rows_per_step", "room", "wanted"), [(32, 9, 8), (32, 32, 32), (12, 5, 4), (7, 6, 1)]
 )
-def test_the_largest_divisor_that_fits(shares, rows_per_step, room, wanted):
-    assert largest(rows_per_step, GPU, room) == wanted
+def test_the_largest_divisor_that_fits(gpu, rows_per_step, room, wanted):
+    shares = gpu(room)
+    assert largest(rows_per_step, GPU) == wanted
     assert shares == [micro_batch.MEMORY_SHARE, 1.0]
 
 
-def test_a_gpu_without_room_for_one_row(shares):
+def test_a_gpu_without_room_for_one_row(gpu):
+    gpu(0)
     with pytest.raises(UserError, match="not even one row of block_size=16 fits"):
-        largest(32, GPU, room=0)
+        largest(32, GPU)
 
 
-def test_the_smallest_gpu_counts(shares, monkeypatch):
+def test_the_smallest_gpu_counts(gpu, monkeypatch):
     """Ranks of 8 and 3 rows: both take the largest divisor of their 8 rows up to 3."""
+    gpu(8)
     monkeypatch.setattr(World, "gather", lambda world, found: torch.cat([found, found * 0 + 3]))
-    assert largest(16, World(rank=0, size=2, device=GPU.device), room=8) == 2
+    assert largest(16, World(rank=0, size=2, device=GPU.device)) == 2
 
 
 def test_rows_that_do_not_divide_over_the_gpus():
@@ -109,5 +132,3 @@ def test_auto_takes_the_same_steps(tiny_bins, run_dir, tmp_path, capfd):
     assert "micro_batch_size=auto: 4 rows at once, 1 micro-batches a step" in capfd.readouterr().out
     assert losses(found) == pytest.approx(losses(wanted), rel=1e-5)
     assert len(checkpoint.steps(tmp_path / "auto")) == 1
-    with pytest.raises(UserError, match="rows_per_step=0; wanted 1 or more with --micro_batch"):
-        train_run(tiny_bins, tmp_path / "none", micro_batch_size="auto")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanosynth.training import optim
-from tiny import ALONE, CPU, random_ids, tiny_model
+from tiny import ALONE, CPU, tiny_model
 
 SCHEDULE = {
     "max_steps": 110,
@@ -64,51 +64,6 @@ def test_optimizer_takes_its_settings():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-
-
-def test_muon_equals_torch_muon_on_the_blocks_and_adamw_on_the_rest():
-    """Over three steps; torch's takes q, k and v as matrices of their own."""
-    model, twin = tiny_model(), tiny_model()
-    muon = optim.build_optimizer("muon", model, weight_decay=0.1, betas=(0.9, 0.95), world=ALONE)
-    optim.set_learning_rate(muon, 0.02)
-    parts, whole, rest = [], {}, []
-    for name, parameter in twin.named_parameters():
-        if ".h." in name and parameter.dim() == 2:
-            n_parts = 3 if "c_attn" in name else 1
-            whole[parameter] = [torch.nn.Parameter(p) for p in parameter.data.chunk(n_parts)]
-            parts += whole[parameter]
-        else:
-            rest.append({"params": [parameter], "weight_decay": 0.1 * (parameter.dim() > 1)})
-    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = [
-        torch.optim.Muon(parts, **settings),
-        torch.optim.AdamW(rest, lr=0.02, betas=(0.9, 0.95)),
-    ]
-    for number in range(3):
-        for copy in (model, twin):
-            copy.zero_grad()
-            batch = random_ids(4, 16, seed=number), random_ids(64, seed=9)
-            copy(*batch).sum().backward()
-        for parameter, split in whole.items():
-            for part, gradient in zip(split, parameter.grad.chunk(len(split)), strict=True):
-                part.grad = gradient
-        muon.step()
-        for optimizer in optimizers:
-            optimizer.step()
-    for parameter, wanted in zip(model.parameters(), twin.parameters(), strict=True):
-        if parameter.dim() == 2:  # the key's bias has no gradient but noise, which AdamW enlarges
-            torch.testing.assert_close(parameter, wanted, rtol=0.02, atol=1e-4)
-    moved = next(iter(whole)) - tiny_model().transformer.h[0].attn.c_attn.weight
-    assert moved.abs().mean() > 50 * 1e-4  # the tolerance is far below what three steps do
-
-
-def test_orthogonalise_brings_singular_values_near_one():
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((3, 8, 8), (2, 8, 32), (2, 32, 8)):
-        found = optim.orthogonalise(torch.randn(shape, generator=generator))
-        values = torch.linalg.svdvals(found.float())
-        assert found.shape == shape and values.min() > 0.5 and values.max() < 1.3
-    assert not optim.orthogonalise(torch.zeros(1, 4, 4)).any()
 
 
 @pytest.mark.parametrize(("max_norm", "wanted"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])

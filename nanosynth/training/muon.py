@@ -1,0 +1,107 @@
+"""Muon on the blocks' matrices, AdamW on all else, as one optimizer (Jordan et al. 2024).
+
+Written by hand beside torch.optim.Muon, which it equals by test: matrices of one shape go in one
+batch, the ranks share the work, and an update is skipped on the device.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nanosynth.training.distributed import World
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """A matrix moves by the semi-orthogonal matrix nearest to its momentum, scaled as AdamW's
+    updates are (Moonlight, arXiv 2502.16982, section 2.2), so one learning rate serves both. q, k
+    and v are stored as one matrix and orthogonalised apart. `found_inf` skips an update, as of
+    fused AdamW.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(
+        self,
+        matrices: list[tuple[str, nn.Parameter]],
+        adamw: torch.optim.AdamW,
+        *,
+        weight_decay: float,
+        world: World,
+    ):
+        self.adamw, self.world = adamw, world
+        self.found_inf: Tensor | None = None
+        alike: dict[tuple, list[nn.Parameter]] = {}
+        for name, matrix in matrices:
+            alike.setdefault((3 if "c_attn" in name else 1, *matrix.shape), []).append(matrix)
+        self.matrix_groups = [
+            {
+                "params": params,
+                "weight_decay": weight_decay,
+                "n_parts": n_parts,
+                "momentum": torch.stack([torch.zeros_like(p.detach()) for p in params]),
+            }
+            for (n_parts, *_), params in alike.items()
+        ]
+        # The very dictionaries of both, so that who sets a learning rate here sets it there.
+        super().__init__([*self.matrix_groups, *adamw.param_groups], {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Call on every rank."""
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        skipped = torch.zeros_like(self.matrix_groups[0]["momentum"][0, 0, 0])
+        if self.found_inf is not None:
+            skipped += self.found_inf
+        for group in self.matrix_groups:
+            self._step(group, skipped)
+
+    def _step(self, group: dict, skipped: Tensor) -> None:
+        momentum, params = group["momentum"], group["params"]
+        grads = torch.stack([p.grad for p in params])  # (L, M, N)
+        # Where the step is skipped, the momentum stands in for the gradient, and stays as it is.
+        grads = torch.where(skipped.bool(), momentum, grads)
+        momentum.lerp_(grads, 1 - self.MOMENTUM)
+        update = grads.lerp_(momentum, self.MOMENTUM)  # Nesterov's
+        rows, columns = update.shape[1] // group["n_parts"], update.shape[2]
+        update = self._orthogonalised(update.view(-1, rows, columns)).view_as(momentum)
+        rate = group["lr"] * (1 - skipped)
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        # 0.2 is the root mean square of AdamW's updates (Moonlight, section 2.2).
+        update = update.float() * (-0.2 * math.sqrt(max(rows, columns)) * rate)
+        torch._foreach_add_(params, list(update))
+
+    def _orthogonalised(self, matrices: Tensor) -> Tensor:
+        """`orthogonalise`, of which each rank does its share. Call on every rank."""
+        n_share = math.ceil(len(matrices) / self.world.size)
+        share = matrices[n_share * self.world.rank :][:n_share]
+        missing = n_share - len(share)
+        share = nn.functional.pad(share, (0, 0, 0, 0, 0, missing))  # gather wants equal shapes
+        return self.world.gather(orthogonalise(share))[: len(matrices)]
+
+    def state_dict(self) -> dict:
+        momenta = [group["momentum"] for group in self.matrix_groups]
+        return {"adamw": self.adamw.state_dict(), "momenta": momenta}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])  # which makes new groups
+        self.param_groups = [*self.matrix_groups, *self.adamw.param_groups]
+        for group, momentum in zip(self.matrix_groups, state["momenta"], strict=True):
+            group["momentum"].copy_(momentum)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrices to `matrices` (B, M, N), in bfloat16.
+
+    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which trade exactness for
+    speed: singular values come out between 0.7 and 1.2 or so, and that serves as well as 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if is_tall else matrices).bfloat16()  # the small side's products are cheaper
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # singular values of 1 at most
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x

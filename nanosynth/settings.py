@@ -140,14 +140,14 @@ def load(cls: type, argv: list[str], program: str, *, config_file: bool = False)
     origins = dict.fromkeys(field_types, "default")
     for path in paths:
         for name, value in read_config(path).items():
-            values[name] = check(cls, name, value, path)
+            values[name] = checked(cls, name, value, path)
             origins[name] = path
     for field in dataclasses.fields(cls):
         either = {field.name, field.metadata["instead_of"]}
         if field.metadata["instead_of"] and either & {name for name, _ in flags}:
             values = {name: value for name, value in values.items() if name not in either}
     for name, text in flags:
-        value = check(cls, name, text, "the command line", parse=True)
+        value = checked(cls, name, text, "the command line", parse=True)
         if field_types[name] == MANY and origins[name] == "command line":
             value = (*values[name], *value)
         values[name] = value
@@ -213,7 +213,7 @@ def read_config(path: str) -> dict[str, object]:
     return values
 
 
-def check(cls: type, name: str, value: object, origin: str, *, parse: bool = False) -> object:
+def checked(cls: type, name: str, value: object, origin: str, *, parse: bool = False) -> object:
     """`value` as the type of `cls`'s field `name`; with `parse` it is the text of a flag."""
     field_types = _field_types(cls)
     if name not in field_types:

@@ -13,7 +13,7 @@ from train import TrainConfig, model_config
 
 def config_file(name: str) -> TrainConfig:
     path = str(REPO / f"config/{name}.py")
-    return settings.load(TrainConfig, [path], "train.py", config_file=True)[0]
+    return settings.load(TrainConfig, [path], "train.py", config_file=True)
 
 
 @pytest.mark.parametrize(

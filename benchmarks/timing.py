@@ -1,9 +1,8 @@
-"""How long things take on a device: marks, a profiled step, a plain matrix product, the collector.
+"""How long things take on a device: marks, a profiled step, a plain matrix product.
 
 What is timed is handed in: nothing here knows the model or the training step.
 """
 
-import gc
 import re
 import time
 from collections.abc import Callable
@@ -14,13 +13,6 @@ import torch
 
 STEP = "timing: one step"  # the profiled range
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
-# What each attention library calls its kernels, for a step whose operators do not show (a replayed
-# CUDA graph).
-ATTENTION_KERNELS = {
-    "cudnn_attention": r"cudnn.*(sdpa|flash|attention)",
-    "flash_attention": r"flash_(fwd|bwd)",
-    "efficient_attention": r"fmha_cutlass",
-}
 
 
 class Interval(NamedTuple):
@@ -106,7 +98,7 @@ def profile(take_step: Callable[[], None], device: torch.device, trace: Path | N
     }
     spent = kernels if device.type == "cuda" else operators
     return {
-        "attention": attention_backend({event.name for event in on_host}, set(kernels)),
+        "attention": attention_backend({event.name for event in on_host}),
         "host_waits": len(waits),
         "host_wait_seconds": sum(waits),
         "kernel_seconds": sum(kernels.values()) if device.type == "cuda" else None,
@@ -114,20 +106,14 @@ def profile(take_step: Callable[[], None], device: torch.device, trace: Path | N
     }
 
 
-def attention_backend(operators: set[str], kernels: set[str]) -> str:
-    """The attention that ran, told by the operators that a step dispatched, else by its kernels.
+def attention_backend(operators: set[str]) -> str:
+    """The attention that ran, told by the operators that a step dispatched.
 
-    >>> attention_backend({"aten::_scaled_dot_product_cudnn_attention"}, set())
+    >>> attention_backend({"aten::_scaled_dot_product_cudnn_attention"})
     'cudnn_attention'
     """
     pattern = re.compile(r"aten::_scaled_dot_product_(\w+?)(?:_backward)?")
     found = {match[1] for match in map(pattern.fullmatch, operators) if match}
-    if not found:
-        found = {
-            name
-            for name, shape in ATTENTION_KERNELS.items()
-            if any(re.search(shape, kernel) for kernel in kernels)
-        }
     return ", ".join(sorted(found)) or "none: plain matrix products"
 
 
@@ -142,21 +128,3 @@ def matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, count: i
         a @ b
         clock.mark()
     return [interval.device for interval in clock.intervals()]
-
-
-class Collections:
-    """Seconds of Python's garbage collector while it is watched."""
-
-    def __enter__(self):
-        self.seconds, self._began = 0.0, 0.0
-        gc.callbacks.append(self._note)
-        return self
-
-    def _note(self, phase: str, info: dict) -> None:
-        if phase == "start":
-            self._began = time.perf_counter()
-        else:
-            self.seconds += time.perf_counter() - self._began
-
-    def __exit__(self, *_):
-        gc.callbacks.remove(self._note)

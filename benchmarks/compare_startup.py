@@ -32,7 +32,8 @@ def main(config: StartConfig) -> None:
     ours = settings.read_config(config.config)
     with tempfile.TemporaryDirectory() as folder:
         data = random_bins(str(Path(folder) / "data"), ours["block_size"])
-        shape = ("n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps")
+        shape = ("n_layer", "n_head", "n_embd", "block_size")
+        n_steps = ours["rows_per_step"] // ours["micro_batch_size"]
         where = (f"--device={config.device}", "--compile=False")
         contenders = [
             Contender(
@@ -49,6 +50,7 @@ def main(config: StartConfig) -> None:
                 command=[
                     *("train.py", *where, *(f"--{name}={ours[name]}" for name in shape)),
                     *(f"--batch_size={ours['micro_batch_size']}", "--bias=True"),
+                    f"--gradient_accumulation_steps={n_steps}",
                     *(f"--dataset={data}", f"--out_dir={folder}/nanogpt", "--eval_iters=1"),
                 ],
                 line=r"^iter 0: loss",

@@ -19,7 +19,7 @@ from nanosynth import UserError, settings
 from nanosynth.settings import setting
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-SIZES = (*SHAPE, "micro_batch_size", "gradient_accumulation_steps")
+SIZES = (*SHAPE, "rows_per_step", "micro_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class CompareConfig(settings.Settings):
     n_head: int = setting(4, "attention heads")
     n_embd: int = setting(256, "channels")
     block_size: int = setting(256, "context, in tokens")
+    rows_per_step: int = setting(16, "rows of a step")
     micro_batch_size: int = setting(16, "rows at once")
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
     device: str = setting("cpu", "cpu or cuda")
     compile: bool = setting(True, "compile ours and nanoGPT; the Trainer runs as it comes")
     pairs: int = setting(3, "turns of each side")
@@ -43,9 +43,7 @@ class CompareConfig(settings.Settings):
 
 
 def contenders(config: CompareConfig, sizes: dict[str, int], folder: Path) -> list[Contender]:
-    n_tokens = (
-        sizes["micro_batch_size"] * sizes["gradient_accumulation_steps"] * sizes["block_size"]
-    )
+    n_tokens = sizes["rows_per_step"] * sizes["block_size"]
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     where = [f"--data_dir={folder / 'data'}", f"--device={config.device}"]
     half = "float16" if config.device.startswith("cuda") else "bfloat16"
@@ -83,11 +81,13 @@ def nanogpt(
     checkout = Path(config.nanogpt).resolve()
     if not (checkout / "configurator.py").is_file():
         raise UserError(f"--nanogpt={config.nanogpt}: no nanoGPT there; git clone it first")
-    flags = [f"--{name}={sizes[name]}" for name in (*SHAPE, "gradient_accumulation_steps")]
+    flags = [f"--{name}={sizes[name]}" for name in SHAPE]
+    n_steps = sizes["rows_per_step"] // sizes["micro_batch_size"]
     return Contender(
         name=f"nanoGPT, {dtype}",
         command=[
             *("train.py", *flags, f"--batch_size={sizes['micro_batch_size']}", "--bias=True"),
+            f"--gradient_accumulation_steps={n_steps}",
             *(f"--dataset={folder / 'data'}", f"--out_dir={folder / 'nanogpt'}"),
             *(f"--device={config.device}", f"--dtype={dtype}", f"--compile={config.compile}"),
             *("--eval_iters=1", "--eval_interval=1000000", "--max_iters=1000000"),

@@ -19,8 +19,8 @@ class TrainerConfig(settings.Settings):
     n_head: int = setting(4, "attention heads")
     n_embd: int = setting(256, "channels")
     block_size: int = setting(256, "context, in tokens")
+    rows_per_step: int = setting(16, "rows of a step")
     micro_batch_size: int = setting(16, "rows at once")
-    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
     device: str = setting("cpu", "cpu or cuda")
     dtype: str = setting("float32", "float32, or the Trainer's bf16 or fp16: bfloat16, float16")
     compile: bool = setting(False, "the Trainer's torch_compile")
@@ -57,7 +57,7 @@ def main(config: TrainerConfig) -> None:
     arguments = TrainingArguments(
         output_dir=config.out_dir,
         per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=config.rows_per_step // config.micro_batch_size,
         max_steps=10**6,
         learning_rate=2e-4,
         weight_decay=0.01,

@@ -34,7 +34,7 @@ LAST = 5  # checkpoints whose weights are averaged: those of the last fifth of a
 BASE = {
     "block_size": 256,
     "micro_batch_size": TOKENS_PER_STEP // 256,
-    "gradient_accumulation_steps": 1,
+    "rows_per_step": TOKENS_PER_STEP // 256,
     "max_steps": STEPS,
     "warmup_steps": STEPS // 10,
     "eval_rows": 64,
@@ -60,12 +60,14 @@ RECIPES = {
     "muon, half the batch": {
         **MUON,
         "micro_batch_size": BASE["micro_batch_size"] // 2,
+        "rows_per_step": BASE["rows_per_step"] // 2,
         "max_steps": 2 * STEPS,
         "warmup_steps": STEPS // 5,
     },
     "muon, twice the batch": {
         **MUON,
         "micro_batch_size": 2 * BASE["micro_batch_size"],
+        "rows_per_step": 2 * BASE["rows_per_step"],
         "max_steps": STEPS // 2,
         "warmup_steps": STEPS // 20,
     },
@@ -93,13 +95,11 @@ class RecipeConfig(settings.Settings):
     size: Literal["s", "m", "l"] = setting("m", "3 x 64, 4 x 96 or 6 x 128 (layers x channels)")
     recipe: settings.MANY = setting((), "which, beside adamw; none: all")
     out_dir: str = setting("out/recipe", "where runs, tables and pictures go")
-    jobs: int = setting(os.cpu_count() or 1, "runs at a time; the cores are shared out")
+    jobs: int = setting(os.cpu_count() or 1, "runs at a time; the cores are shared out", at_least=1)
 
-    def __post_init__(self):
+    def check(self) -> None:
         if unknown := set(self.recipe) - RECIPES.keys():
             raise UserError(f"--recipe={unknown.pop()}; wanted one of: {'; '.join(RECIPES)}")
-        if self.jobs < 1:
-            raise UserError(f"--jobs={self.jobs}; wanted 1 or more")
 
 
 if __name__ == "__main__":

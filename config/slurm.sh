@@ -15,4 +15,4 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
   --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=180 \
-  train.py "$@" --micro_batch_size=2 --gradient_accumulation_steps=16
+  train.py "$@" --micro_batch_size=2

@@ -31,19 +31,23 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, one row a sequence, rows of any lengths.
 
+    A token's keys and values never change once it is seen (attention is causal), so generating one
+    more token costs one token's matrix products instead of the whole text's.
+
     A chunk of T tokens is written behind each row's `lengths`. Rows shorter than the chunk are
     padded on the right: what stands past a row's length is never attended to, and overwritten.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_tokens: int, like: Tensor):
         head_size = config.n_embd // config.n_head
+        # (L, B, S, H, D): time before heads, so that a token is written in one piece.
         shape = (config.n_layer, batch_size, max_tokens, config.n_head, head_size)
         # On a CPU, bfloat16 attention of single queries takes several times as long as float32's.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
-        self.end = 0  # tokens placed, on the host: no row is longer
+        self.end = 0  # tokens placed; kept on the host, which need not ask a GPU how long rows are
         self.is_fixed = False
 
     def fix(self) -> None:
@@ -56,6 +60,7 @@ class KVCache:
         capacity = self.keys.shape[2]
         assert self.end <= capacity, "the cache is full"
         self._positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
+        # A query sees the keys up to its own position: all that its row has seen, and no padding.
         self._n_keys = capacity if self.is_fixed else self.end
         keys = torch.arange(self._n_keys, device=self.lengths.device)
         self._mask = (keys <= self._positions[:, :, None])[:, None]  # (B, 1, T, S)
@@ -90,11 +95,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
+        # q, k and v in one product, as GPT-2 stores them: (B, T, C) -> (B, T, 3C) -> 3 x (B, T, C).
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # -> (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
         if cache is None:
+            # Flash attention where the device has it: the (T, T) scores are never written out.
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
@@ -104,6 +111,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear maps around a GELU, four times as wide within, at each position by itself."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -111,10 +120,17 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The tanh approximation is what GPT-2 was trained with. (B, T, C) -> (B, T, 4C) -> (B, T, C)
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream x (B, T, C).
+
+    Normalised before and not after (GPT-2, section 2.3): the stream itself runs through unscaled,
+    so gradients reach the first block whatever the depth.
+    """
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -128,6 +144,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """GPT-2: embeddings, blocks, a last LayerNorm, and logits by the embedding itself."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.n_embd % config.n_head == 0
@@ -143,11 +161,14 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Tied: one matrix reads tokens and writes them (Press and Wolf 2017).
         self.lm_head.weight = self.transformer.wte.weight
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's initialisation: 0.02, residual projections by 1/sqrt(2L) (2.3)."""
+        """GPT-2's initialisation (section 2.3): 0.02, and for the 2L projections into the residual
+        stream 0.02 / sqrt(2L), so that the variance of their sum does not grow with depth.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -158,7 +179,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def zero_projections(self) -> None:
-        """Start every block as the identity: its projections into the residual stream are zero."""
+        """Start every block as the identity: its projections into the residual stream are zero, so
+        the first steps train the embedding, and the blocks come in as they have something to say.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
@@ -178,9 +201,11 @@ class GPT(nn.Module):
         B, T = ids.shape
         assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
         positions = torch.arange(T, device=ids.device) if cache is None else cache.place(T)
+        # (B, T) -> (B, T, C)
         x = self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(positions))
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
+                # Keeps x alone, and computes the block's inside again for the backward pass.
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
@@ -190,6 +215,8 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (N, V)
         if targets is None:
             return logits
+        # In float32, whatever the products were in: exp and the sum over 50,304 need the digits.
+        # Not reduced: the caller divides the sum by what the whole step counts.
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:

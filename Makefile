@@ -1,4 +1,4 @@
-# make demo: train, evaluate, sample and judge a small model on bundled data.  make test: the tests.
+# make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; 25 minutes or so on 2 cores.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
@@ -14,20 +14,12 @@ NANOGPT ?= ../nanoGPT
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
-	$(RUN) prepare.py --source=sample --data_dir=data/demo
+	$(RUN) data/make_sample.py --to=data/sample.jsonl
+	$(RUN) prepare.py --source=data/sample.jsonl --data_dir=data/demo
 	$(RUN) train.py config/demo.py
 	$(RUN) eval_ppl.py --run=out/demo
+	$(RUN) -m verdict --run=out/demo --max_new_tokens=16 --tasks=
 	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
-	$(RUN) eval_tasks.py --run=out/demo --max_new_tokens=16 --tasks=
-	@echo
-	@echo "data         data/demo/          train.bin, val.bin, masks, meta.json"
-	@echo "checkpoints  out/demo/step_*/    out/demo/latest and out/demo/best name two of them"
-	@echo "metrics      out/demo/metrics.jsonl, out/demo/eval_ppl.json"
-	@echo "samples      out/demo/generations.txt"
-	@echo "talk to it   $(RUN) sample.py --run=out/demo --chat=True"
-	@echo "the verdict  out/demo/report.md, out/demo/curves.png"
-	@echo
-	$(RUN) report.py --run=out/demo
 
 test: $(VENV)/.development lint
 	$(RUN) -m pytest
@@ -43,11 +35,11 @@ bench: $(VENV)/.benchmarks
 
 bench-gpu: $(VENV)/.benchmarks
 	for size in 500m 1b; do \
-	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --json=out/bench-$$size.json \
+	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --json=out/bench-$$size.json \
 	    --profile=out/bench-$$size && \
-	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --dtype=bfloat16 \
+	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --dtype=bfloat16 \
 	    --json=out/bench-$$size-bfloat16.json && \
-	  $(RUN) bench.py config/$$size.py --micro_batch_size=auto --optimizer=muon \
+	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --optimizer=muon \
 	    --json=out/bench-$$size-muon.json && \
 	  $(BENCHMARKS).compare_training --nanogpt=$(NANOGPT) --device=cuda --pairs=3 \
 	    --config=config/$$size.py --json=out/training-$$size.json || exit 1; \
@@ -76,4 +68,4 @@ $(VENV)/.benchmarks: benchmarks/requirements.txt $(VENV)/.development
 	touch $@
 
 clean:
-	rm -rf $(VENV) out/demo data/demo
+	rm -rf $(VENV) out/demo data/demo data/sample.jsonl

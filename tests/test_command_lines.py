@@ -64,25 +64,30 @@ def test_a_torn_checkpoint_is_said_aloud(tiny_bins, run_dir, tmp_path):
     assert losses(read_metrics(out_dir)) == losses(read_metrics(run_dir))
 
 
-def a_setting(script: str) -> str:
-    return {"export_hf": "source", "report": "samples"}.get(script, "seed")
+PROGRAMS = (*(f"{script}.py" for script in SCRIPTS), "-m verdict", "-m convert.hf")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_typo_is_said_before_torch_is_imported(script):
-    typo = a_setting(script).replace("e", "", 1)
-    done = command("-X", "importtime", f"{script}.py", f"--{typo}=1")
+def a_setting(program: str) -> str:
+    return {"-m convert.hf": "source"}.get(program, "seed")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_typo_is_said_before_torch_is_imported(program):
+    typo = a_setting(program).replace("e", "", 1)
+    done = command("-X", "importtime", *program.split(), f"--{typo}=1")
     assert done.returncode == 1
-    assert f"{script}.py: error: unknown setting {typo!r}" in done.stderr
-    assert f"did you mean {a_setting(script)!r}?" in done.stderr
+    assert f"{program.removeprefix('-m ')}: error: unknown setting {typo!r}" in done.stderr
+    assert f"did you mean {a_setting(program)!r}?" in done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "nanosynth.settings" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script):
-    said = succeed(command(f"{script}.py", "--help"))
-    assert f"usage: python {script}.py" in said and f"--{a_setting(script)}" in said
+@pytest.mark.parametrize("program", [*PROGRAMS, "-m benchmarks.step", "data/make_sample.py"])
+def test_help(program):
+    said = succeed(command(*program.split(), "--help"))
+    shown = program.rpartition("/")[2]
+    assert f"usage: python {shown}" in said and f"--{a_setting(program)}=" in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -93,14 +98,13 @@ def test_help(script):
         (["prepare.py", "--source=missing.jsonl"], "no source 'missing.jsonl'"),
         (
             ["prepare.py", "--max_rows=1e5"],
-            "max_rows in the command line: wanted int, got 100000.0",
+            "max_rows in the command line: wanted int, 0 or more, got 100000.0",
         ),
         (["sample.py", "--run=missing", "--prompt=x"], "no checkpoint in 'missing'"),
         (["sample.py", "--run=missing"], "wanted one of --prompt=TEXT, --prompts=FILE and --chat"),
         (["eval_ppl.py", "--run=missing"], "no checkpoint in 'missing'"),
-        (["export_hf.py", "--run=missing", "--to=out/x"], "no checkpoint in 'missing'"),
-        (["eval_tasks.py", "--run=missing"], "no checkpoint in 'missing'"),
-        (["eval_tasks.py", "--generation=False", "--tasks="], "nothing to measure"),
+        (["-m", "convert.hf", "--run=missing", "--to=out/x"], "no checkpoint in 'missing'"),
+        (["-m", "verdict", "--run=missing"], "'missing' holds nothing of a run"),
     ],
 )
 def test_bad_input_is_answered_with_one_line(arguments, wanted):

@@ -164,9 +164,9 @@ from nanosynth.training.log import Console, MetricsFile, RunLog, WandbThread, wr
 
 # Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
 MIN_LOSS_SCALE = 1.0
-# A run of some 6,000 steps has no time for the defaults (65,536, doubled every 2,000 steps): most
-# models overflow at 2**16, and each overflow costs a step. 2**13 is found good at once, and a scale
-# that is too low doubles every 200 steps.
+# A run of some 6,000 steps has no time for torch's defaults (65,536, doubled every 2,000 steps): an
+# overflow costs a step, so the scale starts at 2**13, three halvings lower, and where that is too
+# low it doubles every 200 steps.
 INIT_LOSS_SCALE, SCALE_GROWTH_STEPS = 2.0**13, 200
 
 
@@ -403,13 +403,15 @@ def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> 
     if stopping:
         log.say(f"stopped by a signal at step {step}; the same command goes on from there")
     else:
-        name = run.config.out_dir
-        log.say(f"the run is complete: {step} steps in {name}; next:")
-        log.say(f"  python eval_ppl.py --run={name}           its perplexity")
-        log.say(f"  python sample.py --run={name} --chat      talk to it")
-        log.say(
-            f"  python -m verdict --run={name}            all that can be measured, and a report"
-        )
+        say_complete(run, step, log)
+
+
+def say_complete(run: Run, step: int, log: RunLog) -> None:
+    name = run.config.out_dir
+    log.say(f"the run is complete: {step} steps in {name}; what next:")
+    log.say(f"  python eval_ppl.py --run={name}       # its perplexity")
+    log.say(f"  python sample.py --run={name} --chat  # talk to it")
+    log.say(f"  python -m verdict --run={name}        # its answers measured, and a report")
 
 
 def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
@@ -639,7 +641,7 @@ def train(
     if run.first_step < run.max_steps:
         loop(run, log, stop)
     else:
-        log.say(f"the run is complete: {run.first_step} steps in {config.out_dir}")
+        say_complete(run, run.first_step, log)
     log.close()
 
 

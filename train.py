@@ -214,10 +214,12 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
     saved = True  # rank 0 alone saves; the others hear of a failure at the end
     look_at_two_batches(run, log)
     for step in range(run.first_step, run.max_steps + 1):
+        # A rank that waits for another one for ever can't be told by itself: a clock tells it.
         distributed.expect_progress(config.hang_seconds)
         stopping = world.any(stop.requested)  # a collective, so all ranks stop at one step
         is_last = stopping or step == run.max_steps
         is_new = step > run.first_step  # a resumed step was evaluated and saved before
+        # Every term here is the same on all ranks, since an evaluation is a collective.
         eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
         save_due = is_new and (step % config.save_interval == 0 or is_last)
         if eval_due or save_due:
@@ -227,7 +229,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
                 started = time.perf_counter()
                 val_loss = evaluate(run, run.n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
-                save_due |= val_loss < best_loss
+                save_due |= val_loss < best_loss  # NaN never is
             if save_due and world.is_main:
                 saved = save(run, step, log, val_loss)
                 best_loss = checkpoint.best_loss(run.out_dir)
@@ -252,6 +254,8 @@ def take_step(run: Run, step: int, log: RunLog) -> None:
         decay=config.decay,
     )
     optim.set_learning_rate(run.optimizer, learning_rate)
+    # Counted from the mask before anything is computed, so that each micro-batch's loss can be
+    # divided by the whole step's targets at once.
     rows = run.order.step(step)
     n_targets = bins.count_targets(run.train_split, rows, config.block_size, config.loss_on)
     n_targets = max(1, n_targets)  # a step may hold no assistant token at all
@@ -279,9 +283,10 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     loss = torch.zeros((), device=world.device)
     for micro_step, (number, batch) in enumerate(batches):
         torch.manual_seed(dropout_seed(config.seed, number))
+        # Gradients add up in .grad over the micro-batches, and travel with the last one's alone.
         with contextlib.ExitStack() as contexts:
             if world.size > 1 and micro_step < n_micro_steps - 1:
-                contexts.enter_context(run.model.no_sync())  # gradients travel once a step
+                contexts.enter_context(run.model.no_sync())
             with autocast(world.device, run.dtype):
                 loss_sum = run.model(*batch.to(world.device)).sum()  # (N,) -> ()
             # The step's loss is a sum over all micro-batches and ranks, divided by all their
@@ -291,6 +296,8 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
         loss += loss_sum.detach() / n_targets
     world.sum(loss)  # a collective
     loss_scale = scaler.scale(torch.ones((), device=world.device))
+    # float16 holds nothing below 6e-8: gradients are computed of the loss times the scale, and
+    # divided by it here, in float32, before they are clipped.
     scaler.unscale_(run.optimizer)
     grad_norm = optim.clip_gradients(run.model.parameters(), config.grad_clip)
     accepted = run.guard.accepts(loss) & grad_norm.isfinite()  # alike on all ranks
@@ -326,7 +333,9 @@ def evaluate(run: Run, n_rows: int) -> float:
     same rows, so that two evaluations differ by the weights alone. Call on every rank.
     """
     config, world, size = run.config, run.world, run.order.micro_batch_size
+    # The bare model: DDP would gather buffers and expects a backward pass.
     run.raw_model.eval()
+    # float64, and one division at the end: a mean of batch means would depend on their sizes.
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
     for start in range(world.rank * size, n_rows, world.size * size):
         rows = list(range(start, min(start + size, n_rows)))
@@ -351,7 +360,11 @@ def look_at_two_batches(run: Run, log: RunLog) -> None:
 
 
 def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
-    """Whether the checkpoint of `step` is published; a full disk costs it, not the run."""
+    """Whether the checkpoint of `step` is published; a full disk costs it, not the run.
+
+    No state of the data order, which is arithmetic on the step, nor of random numbers, which each
+    micro-batch seeds anew.
+    """
     state = {
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -491,7 +504,7 @@ def build(
     dtype = choose_dtype(config.dtype, world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights on every rank, without sending them
     with world.device:
         raw_model = GPT(model_config(config))
     if config.zero_init:
@@ -523,7 +536,7 @@ def build(
         dtype=dtype,
         identity=identity(config, train_split),
     )
-    run = restore(run)
+    run = restore(run)  # before DDP, which sends rank 0's weights to the others
     # In place, so that the state dict keeps its names; DDP goes around what is compiled.
     if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
         raw_model.compile()
@@ -556,7 +569,8 @@ def restore(run: Run) -> Run:
     if absent := {"optimizer", "scaler", "guard", "metrics_bytes"} - state.keys():
         raise checkpoint.Damaged(f"{path}: its training state lacks {sorted(absent)}")
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run was in float32 or bfloat16 until here
+        run.scaler.load_state_dict(state["scaler"])
     run.guard.load_state_dict(state["guard"])
     # Of another run's folder, given by --resume, the metrics stay there.
     metrics_bytes = state["metrics_bytes"] if path.parent == run.out_dir else 0
@@ -564,7 +578,9 @@ def restore(run: Run) -> Run:
 
 
 def find_start(run: Run) -> Path | None:
-    """The step folder to go on from, or None. Rank 0 looks and all hear. Call on every rank."""
+    """The step folder to go on from, or None. Rank 0 looks and all hear, since looking sets damaged
+    folders aside. Call on every rank.
+    """
     path, error = None, None
     if run.world.is_main:
         try:

@@ -4,6 +4,7 @@ import ctypes
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,8 @@ PEAK_FLOPS_16BIT = {
     "T4": 65e12,
 }
 
+NVIDIA_DRIVER = Path("/dev/nvidiactl")  # is there wherever the driver is loaded
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -35,6 +38,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto', 'cpu', 'cuda' (the GPU of this rank) or 'cuda:N' as a device that exists."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and NVIDIA_DRIVER.exists():
+            raise UserError(
+                f"--device=auto: there is an NVIDIA driver ({NVIDIA_DRIVER}), but torch "
+                f"{torch.__version__} finds no GPU that it can use; update the driver, install a "
+                "torch built for it, or say --device=cpu"
+            )
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -219,6 +219,16 @@ def test_three_steps_and_three_after_a_restart_equal_six(tiny_bins, tmp_path, dt
     assert bool(states[0]["scaler"]) == (dtype == "float16")
 
 
+@pytest.mark.parametrize("first", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("second", ["float32", "bfloat16", "float16"])
+def test_a_run_goes_on_in_another_dtype(tiny_bins, tmp_path, first, second):
+    train_run(tiny_bins, tmp_path / "run", dtype=first, max_steps=3)
+    records = train_run(tiny_bins, tmp_path / "run", dtype=second)
+    assert [record["step"] for record in records if record["split"] == "train"] == list(range(6))
+    scales = [record["loss_scale"] for record in records if record["split"] == "train"]
+    assert [scales[0] > 1, scales[-1] > 1] == [first == "float16", second == "float16"]
+
+
 def test_a_complete_run_is_left_alone(tiny_bins, run_dir, tmp_path, capfd):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     assert train_run(tiny_bins, out_dir) == read_metrics(run_dir)

@@ -62,7 +62,7 @@ class World:
 def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
     """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
 
-    A collective that takes longer than the timeout raises.
+    A collective that takes longer than the timeout raises. After an error the process is to end.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -77,14 +77,14 @@ def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
         store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        yield World(rank=rank, size=size, device=chosen)
-        if size > 1:
-            dist.barrier()
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        if size > 1:
-            dist.destroy_process_group()
+    yield World(rank=rank, size=size, device=chosen)
+    # Only after success. On an error NCCL's shutdown waits for the other ranks, which wait for this
+    # one's gradients (pytorch issue 196968): the process ends at once instead, with the watchdog
+    # armed, and torchrun ends the others.
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _die_with_parent() -> None:

@@ -70,7 +70,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from nanosynth.data import bins, splits
+from nanosynth.data import bins, ngrams, splits
 
 
 @dataclass
@@ -285,7 +285,7 @@ def main(config: PrepareConfig) -> None:
             meta = {**description(source, config), **tally.figures()}
             if config.leak_check:
                 train, val = writer.partial / "train.bin", writer.partial / "val.bin"
-                meta["leak_check"] = splits.shared_grams(train, val)
+                meta["leak_check"] = ngrams.shared_grams(train, val)
             if config.picture:
                 title = f"{meta['source'][:100]}: {meta['rows_kept']:,} conversations"
                 stats.draw(tally, writer.partial / "stats.png", title)

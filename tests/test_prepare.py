@@ -10,7 +10,7 @@ import pytest
 
 import prepare
 from nanosynth import UserError, tokenizer
-from nanosynth.data import bins, splits, stats, troubles
+from nanosynth.data import bins, ngrams, stats, troubles
 from nanosynth.data.splits import DigestSet, digest_of, split_of
 from tiny import chat_row, command, write_jsonl
 
@@ -328,10 +328,10 @@ def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
     return found
 
 
-@pytest.mark.parametrize("block_tokens", [1 << 20, 100])
-def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, block_tokens):
-    monkeypatch.setattr(splits, "_BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(splits, "_FILTER_BITS", 1 << 12)
+@pytest.mark.parametrize("chunk_tokens", [1 << 20, 100])
+def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, chunk_tokens):
+    monkeypatch.setattr(ngrams, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(ngrams, "FILTER_BITS", 1)
     words = "one two three four five six seven eight nine ten eleven twelve".split()
     chance = np.random.default_rng(0)
     rows = [

@@ -10,7 +10,7 @@ import pytest
 
 import prepare
 from nanosynth import UserError, tokenizer
-from nanosynth.data import bins, ngrams, stats, troubles
+from nanosynth.data import bins, conversations, ngrams, stats
 from nanosynth.data.splits import DigestSet, digest_of, split_of
 from tiny import chat_row, command, write_jsonl
 
@@ -217,7 +217,7 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 
 def test_table_reads_meta(tmp_path):
     meta = json.loads(json.dumps(run(tmp_path, QUESTIONS)))
-    assert re.search(r"^rows kept +100$", stats.table(meta), re.MULTILINE)
+    assert re.search(r"^rows kept +100$", stats.summary(meta), re.MULTILINE)
 
 
 def test_rejects_have_their_place_reason_and_first_words(tmp_path):
@@ -271,13 +271,13 @@ UNTROUBLED = [
 @pytest.mark.parametrize(("trouble", "question", "answer"), TROUBLED)
 def test_known_troubles_are_found(trouble, question, answer):
     turns = [("user", question), ("assistant", answer)]
-    assert [name for name, has in troubles.TROUBLES.items() if has(turns)] == [trouble]
+    assert [name for name, has in conversations.TROUBLES.items() if has(turns)] == [trouble]
 
 
 @pytest.mark.parametrize(("question", "answer"), UNTROUBLED)
 def test_sound_conversations_have_no_trouble(question, answer):
     turns = [("user", question), ("assistant", answer)]
-    assert not [name for name, has in troubles.TROUBLES.items() if has(turns)]
+    assert not [name for name, has in conversations.TROUBLES.items() if has(turns)]
 
 
 def test_troubles_are_counted_always_and_dropped_on_request(tmp_path):

@@ -32,7 +32,10 @@ FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
 
 
 class BinWriter:
-    """Collects documents of both splits in reading order; `finish` shuffles and publishes them."""
+    """Collects documents of both splits in reading order, shuffles and publishes them.
+
+    As a context it removes on leaving, whatever happened, what was not published.
+    """
 
     def __init__(self, data_dir: str):
         self.data_dir = Path(data_dir)
@@ -105,8 +108,14 @@ class BinWriter:
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
 
+    def __enter__(self) -> "BinWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
     def discard(self) -> None:
-        """Remove what was not published; call it last, whatever happened."""
+        """Remove what was not published."""
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # its last bytes, to a full disk
                 spool.close()

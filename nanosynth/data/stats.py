@@ -170,8 +170,9 @@ def draw(tally: Tally, path: Path, title: str) -> None:
     _draw_tokens(axes["tokens"], tokens)
     turns = np.minimum(np.array(tally.turns), 12)
     axes["turns"].hist(turns, bins=np.arange(0.5, 13), rwidth=0.9)
-    axes["turns"].set(yscale="log", xlabel="turns (12: or more)", ylabel="conversations (log)")
-    axes["turns"].set(ylim=(0.5, None), xlim=(0.5, 12.5), xticks=range(1, 13))
+    axes["turns"].set(yscale="log", xlabel="turns", ylabel="conversations (log)")
+    axes["turns"].set(ylim=(0.5, 2 * np.bincount(turns).max()), xlim=(0.5, 12.5))
+    axes["turns"].set_xticks(range(1, 13), [*map(str, range(1, 12)), "12+"])
     axes["share"].hist(np.array(tally.assistant_tokens) / tokens, bins=np.linspace(0, 1, 51))
     axes["share"].set(xlabel="assistant's share of the tokens", ylabel="conversations")
     for name in ("tokens", "share"):
@@ -185,7 +186,7 @@ def draw(tally: Tally, path: Path, title: str) -> None:
 
 
 def _draw_tokens(axes: object, tokens: np.ndarray) -> None:
-    """Lengths span four orders of magnitude: a logarithmic axis, with plain numbers on it."""
+    """Lengths may span four orders of magnitude: a logarithmic axis, with plain numbers on it."""
     edges = np.geomspace(tokens.min(), tokens.max() + 1, 60)
     axes.hist(tokens, bins=edges)
     axes.set(xscale="log", xlabel="tokens of a conversation", ylabel="conversations")
@@ -193,15 +194,11 @@ def _draw_tokens(axes: object, tokens: np.ndarray) -> None:
     ticks = [tick for tick in ticks if edges[0] <= tick <= edges[-1]]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
     axes.set_xticks([], minor=True)
-    for q, name, style in (
-        (50, "median", "-"),
-        (90, "90 of 100 below", "--"),
-        (99, "99 of 100 below", ":"),
-    ):
+    names = {50: "median", 90: "90 of 100 below", 99: "99 of 100 below"}
+    for (q, name), style in zip(names.items(), ("-", "--", ":"), strict=True):
         value = np.percentile(tokens, q)
-        axes.axvline(
-            value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:,.0f}"
-        )
+        label = f"{name} {value:,.0f}"
+        axes.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
     axes.legend(frameon=False)
 
 
@@ -217,6 +214,6 @@ def _draw_shares(axes: object, name: str, shares: dict[str, list[int]], most: in
     # A label is the data's own text: '$' would begin a formula.
     labels = [(key if len(key) <= 32 else f"{key[:31]}…").replace("$", r"\$") for key, _ in bars]
     axes.set_yticks(range(len(bars)), labels)
-    axes.set(xlabel=f"share of all tokens, by {name}")
+    axes.set(xlabel=f"share of all tokens, by {name}", xticks=[])
     axes.set_ylim(max(len(bars), 8) - 0.5, -0.5)
     axes.set_xlim(0, 1.2 * max(share for _, share in bars))

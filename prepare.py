@@ -81,8 +81,6 @@ BATCH_ROWS = 1000
 
 # The settings that the bins depend on, beside the source; meta.json keeps them.
 RECIPE = "seed val_fraction max_rows drop_refusals drop_non_english drop_runs".split()
-# The setting that drops each trouble of conversations.TROUBLES.
-DROPS = dict(zip(TROUBLES, ("drop_refusals", "drop_non_english", "drop_runs"), strict=True))
 
 
 def main(config: PrepareConfig) -> None:
@@ -115,9 +113,8 @@ def write_documents(
         Rejects(config.rejects, tally) as rejects,
         tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar,
     ):
-        seen = splits.DigestSet()
         usable = usable_conversations(source, config, rejects, tally)
-        kept = (without_unwanted(b, seen, config, rejects, tally) for b in batches(usable))
+        kept = unique_conversations(usable, config, rejects, tally)
         for batch, documents in encoded(kept, config.num_threads):
             for (turns, names, _), (ids, mask) in zip(batch, documents, strict=True):
                 first_user_turn = next(text for role, text in turns if role == "user")
@@ -171,6 +168,7 @@ class Rejects:
 def usable_conversations(
     source: sources.Source, config: PrepareConfig, rejects: Rejects, tally: stats.Tally
 ) -> Iterator[Conversation]:
+    """What the selected rows hold; a row that holds no conversation is counted, and left out."""
     for row in selected_rows(source, config):
         tally.see(row)
         place = (source.part.name, source.row)
@@ -184,14 +182,13 @@ def usable_conversations(
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
     """All rows, or a seeded random sample of max_rows of them in their order, in two passes."""
-    if not config.max_rows:
+    n_rows = (source.stated_rows or sum(1 for _ in source.rows())) if config.max_rows else 0
+    if config.max_rows >= n_rows:
         yield from source.rows()
         return
-    is_counted = source.unit == "rows" and source.size is not None
-    n_rows = source.size if is_counted else sum(1 for _ in source.rows())
+    generator, count = np.random.default_rng(config.seed), config.max_rows
     is_chosen = np.zeros(n_rows, dtype=bool)
-    count = min(config.max_rows, n_rows)
-    is_chosen[np.random.default_rng(config.seed).choice(n_rows, count, replace=False)] = True
+    is_chosen[generator.choice(n_rows, count, replace=False)] = True
     for row in source.rows():
         if source.n_rows <= n_rows and is_chosen[source.n_rows - 1]:
             yield row
@@ -212,27 +209,27 @@ def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
     yield batch
 
 
-def without_unwanted(
-    batch: list[Conversation],
-    seen: splits.DigestSet,
-    config: PrepareConfig,
-    rejects: Rejects,
-    tally: stats.Tally,
-) -> list[Conversation]:
-    """The batch without what was seen before, and without the troubles that are to be dropped."""
-    kept = []
-    is_new = seen.add([splits.digest_of(found.turns) for found in batch])
-    for found, is_first in zip(batch, is_new, strict=True):
-        troubles = [name for name, has in TROUBLES.items() if is_first and has(found.turns)]
-        tally.troubles.update(troubles)
-        reasons = [name for name in troubles if getattr(config, DROPS[name])]
-        if not is_first:
-            reasons = ["exact duplicate"]
-        if reasons:
-            rejects.add(found.place, reasons[0], found.turns[0][1])
-        else:
-            kept.append(found)
-    return kept
+def unique_conversations(
+    usable: Iterable[Conversation], config: PrepareConfig, rejects: Rejects, tally: stats.Tally
+) -> Iterator[list[Conversation]]:
+    """Batches without what was seen before, and without the troubles that are to be dropped."""
+    seen = splits.DigestSet()
+    switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
+    dropped = {name for name, is_on in zip(TROUBLES, switches, strict=True) if is_on}
+    for batch in batches(usable):
+        kept = []
+        is_new = seen.add([splits.digest_of(found.turns) for found in batch])
+        for found, is_first in zip(batch, is_new, strict=True):
+            troubles = [name for name, has in TROUBLES.items() if is_first and has(found.turns)]
+            tally.troubles.update(troubles)
+            reasons = [name for name in troubles if name in dropped]
+            if not is_first:
+                reasons = ["exact duplicate"]
+            if reasons:
+                rejects.add(found.place, reasons[0], found.turns[0][1])
+            else:
+                kept.append(found)
+        yield kept
 
 
 def encoded(

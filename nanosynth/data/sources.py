@@ -74,6 +74,11 @@ class Source:
                 yield row
 
     @property
+    def stated_rows(self) -> int | None:
+        """How many they are, where that is known before they were read."""
+        return self.size if self.unit == "rows" else None
+
+    @property
     def position(self) -> int:
         """How far it was read, in `unit`."""
         return sum(part.position for part in self.parts) if self._has_one_unit else self.n_rows

@@ -103,23 +103,21 @@ def summary(meta: dict) -> str:
     rows += [(f"  dropped: {reason}", n) for reason, n in meta["rows_dropped"].items()]
     rows += [(f"  seen: {trouble}", n) for trouble, n in meta["troubles"].items()]
     splits = [meta["splits"][split] for split in SPLITS]
-    counted = ("documents", "tokens", "assistant_tokens", "text_bytes")
-    sizes = [[key.replace("_", " "), *(f"{s[key]:,}" for s in splits)] for key in counted]
-    sizes.append(
-        ["bytes of text a token", *(f"{s['text_bytes'] / s['tokens']:.2f}" for s in splits)]
+    sizes = [[key.replace("_", " "), *(f"{s[key]:,}" for s in splits)] for key in splits[0]]
+    ratios = [f"{s['text_bytes'] / s['tokens']:.2f}" for s in splits]
+    spreads = (
+        ("tokens a document", meta["document_tokens"], "{:,}"),
+        ("turns a document", meta["document_turns"], "{:,}"),
+        ("assistant's share of tokens", meta["assistant_share"], "{:.0%}"),
     )
-    spread = [
-        ["tokens a document", *(f"{n:,}" for n in meta["document_tokens"].values())],
-        ["turns a document", *(f"{n:,}" for n in meta["document_turns"].values())],
-        [
-            "assistant's share of tokens",
-            *(f"{share:.0%}" for share in meta["assistant_share"].values()),
-        ],
-    ]
+    percentiles = [name.removeprefix("p") for name in meta["document_tokens"]]
     parts = [
         table([[name, f"{n:,}"] for name, n in rows]),
-        table([["", *SPLITS], *sizes]),
-        table([["percentile", *(name[1:] for name in meta["document_tokens"])], *spread]),
+        table([["", *SPLITS], *sizes, ["bytes of text a token", *ratios]]),
+        table(
+            [["percentile", *percentiles]]
+            + [[name, *map(form.format, found.values())] for name, found, form in spreads]
+        ),
         "\n".join(_shares(meta, name) for name in ("source", "category")),
     ]
     if leaks := meta.get("leak_check"):
@@ -128,28 +126,25 @@ def summary(meta: dict) -> str:
 
 
 def _shares(meta: dict, name: str, most: int = 6) -> str:
-    """One line, or a few: the largest shares of all tokens, by source or category."""
+    """The largest shares of all tokens, by source or category."""
     n_tokens = sum(counts["tokens"] for counts in meta["splits"].values())
-    found = [(key, counts["tokens"] / n_tokens) for key, counts in meta[f"by_{name}"].items()]
-    said = [f"{key} {share:.1%}" for key, share in found[:most]]
-    said += [f"{len(found) - most} more"] if len(found) > most else []
-    unbroken = ", ".join(part.replace(" ", "\u00a0") for part in said)
-    text = f"tokens by {name}: {unbroken}"
-    text = textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False)
-    return text.replace("\u00a0", " ")
+    shares = [f"{key} {n['tokens'] / n_tokens:.1%}" for key, n in meta[f"by_{name}"].items()]
+    more = [f"{len(shares) - most} more"] if len(shares) > most else []
+    text = f"tokens by {name}: {', '.join(shares[:most] + more)}"
+    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False)
 
 
 def _leaks(leaks: dict) -> str:
-    def of(count: str, total: str) -> str:
-        share = leaks[count] / max(1, leaks[total])
-        return f"{leaks[count]:,} of {leaks[total]:,} ({share:.1%})"
-
-    sampled = f" (one in {leaks['one_in']} looked at)" if leaks["one_in"] > 1 else ""
-    return (
-        f"{leaks['tokens']}-grams of validation that are in training: "
-        f"{of('val_grams_in_train', 'val_grams')}{sampled}\n"
-        f"  validation documents with one: {of('val_documents_with_any', 'val_documents')}\n"
-        f"  with half of theirs or more: {of('val_documents_with_half', 'val_documents')}"
+    """What the leak check found, a line each."""
+    sampled = f", one in {leaks['one_in']} looked at" if leaks["one_in"] > 1 else ""
+    told = (
+        (f"{leaks['tokens']}-grams of validation in training{sampled}", "grams_in_train", "grams"),
+        ("validation documents with one", "documents_with_any", "documents"),
+        ("validation documents with half of theirs", "documents_with_half", "documents"),
+    )
+    counts = [(name, leaks[f"val_{count}"], leaks[f"val_{total}"]) for name, count, total in told]
+    return "\n".join(
+        f"{name}: {n:,} of {total:,} ({n / max(1, total):.1%})" for name, n, total in counts
     )
 
 

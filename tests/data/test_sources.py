@@ -188,10 +188,10 @@ def test_parts_of_unlike_units_are_counted_in_rows(tmp_path):
     in_rows = sources.Part("hub", {"source": "hub"}, len(ROWS), "rows", read)
     in_bytes = sources.open_sources([str(write_jsonl(tmp_path / "rows.jsonl", ROWS))]).parts
     mixed = sources.Source([*in_bytes, in_rows])
-    assert (mixed.size, mixed.unit) == (None, "rows")
+    assert (mixed.size, mixed.unit, mixed.stated_rows) == (None, "rows", None)
     assert [mixed.position for _ in mixed.rows()] == list(range(1, 11))
     alone = sources.Source([in_rows])
-    assert (alone.size, alone.unit) == (len(ROWS), "rows")
+    assert (alone.size, alone.unit, alone.stated_rows) == (len(ROWS), "rows", len(ROWS))
     assert [alone.position for _ in alone.rows()] == [1, 2, 3, 4, 5]
 
 

@@ -8,6 +8,7 @@ It streams: a row is read, checked and encoded while others are written, and mem
 however large the source is. Every row is either in the bins or counted by the reason why not.
 """
 
+import itertools
 import json
 import os
 import time
@@ -18,8 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from nanosynth import UserError, settings, tokenizer
-from nanosynth.data import sources
-from nanosynth.data.conversations import TROUBLES, Reject, conversation, first_words, names_of
+from nanosynth.data import conversations, sources
 from nanosynth.settings import setting
 
 
@@ -152,8 +152,8 @@ class Rejects:
     def add(self, place: tuple[str, int], reason: str, row: object) -> None:
         self._tally.dropped[reason] += 1
         if self._file:
-            file, number = place
-            line = {"file": file, "row": number, "reason": reason, "text": first_words(row)}
+            (file, number), words = place, conversations.first_words(row)
+            line = {"file": file, "row": number, "reason": reason, "text": words}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "Rejects":
@@ -173,11 +173,11 @@ def usable_conversations(
         tally.see(row)
         place = (source.part.name, source.row)
         try:
-            found = Conversation(conversation(row), names_of(row), place)
-        except Reject as reject:
+            turns = conversations.conversation(row)
+        except conversations.Reject as reject:
             rejects.add(place, str(reject), row)
         else:
-            yield found
+            yield Conversation(turns, conversations.names_of(row), place)
 
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
@@ -197,12 +197,12 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
         raise UserError(f"{', '.join(config.source)} gave {counts}; prepare it again")
 
 
-def batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+def batches(usable: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     """Conversations to be encoded together; the bins do not depend on where a batch ends."""
     batch, n_characters = [], 0
-    for found in conversations:
-        batch.append(found)
-        n_characters += sum(len(text) for _, text in found.turns)
+    for conversation in usable:
+        batch.append(conversation)
+        n_characters += sum(len(text) for _, text in conversation.turns)
         if n_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
             yield batch
             batch, n_characters = [], 0
@@ -215,20 +215,20 @@ def unique_conversations(
     """Batches without what was seen before, and without the troubles that are to be dropped."""
     seen = splits.DigestSet()
     switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
-    dropped = {name for name, is_on in zip(TROUBLES, switches, strict=True) if is_on}
+    dropped = set(itertools.compress(conversations.TROUBLES, switches))
     for batch in batches(usable):
         kept = []
-        is_new = seen.add([splits.digest_of(found.turns) for found in batch])
-        for found, is_first in zip(batch, is_new, strict=True):
-            troubles = [name for name, has in TROUBLES.items() if is_first and has(found.turns)]
+        is_new = seen.add([splits.digest_of(conversation.turns) for conversation in batch])
+        for conversation, is_first in zip(batch, is_new, strict=True):
+            troubles = conversations.troubles_of(conversation.turns) if is_first else []
             tally.troubles.update(troubles)
             reasons = [name for name in troubles if name in dropped]
             if not is_first:
                 reasons = ["exact duplicate"]
             if reasons:
-                rejects.add(found.place, reasons[0], found.turns[0][1])
+                rejects.add(conversation.place, reasons[0], conversation.turns[0][1])
             else:
-                kept.append(found)
+                kept.append(conversation)
         yield kept
 
 
@@ -239,7 +239,7 @@ def encoded(
     waiting: deque[tuple[list[Conversation], Future]] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
         for batch in kept:
-            turns = [found.turns for found in batch]
+            turns = [conversation.turns for conversation in batch]
             waiting.append((batch, threads.submit(tokenizer.encode_documents, turns)))
             if len(waiting) > 2 * num_threads:  # one is encoded by each thread, one waits for it
                 batch, documents = waiting.popleft()

@@ -226,12 +226,12 @@ def measure(config: BenchmarkConfig, n_rows: int) -> dict:
 
 def main(config: BenchmarkConfig) -> None:
     Path(config.folder).mkdir(parents=True, exist_ok=True)
-    found = [measure(config, n) for n in (config.rows // config.part, config.rows)]
+    cases = [measure(config, n) for n in (config.rows // config.part, config.rows)]
     columns = (
         "rows, file, left out as planted, tokens, wall time, tokens/s, of raw tiktoken, memory"
     )
     print(f"| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
-    for case in found:
+    for case in cases:
         speed = case["tokens"] / case["seconds"]
         print(
             f"| {case['rows']:,} | {case['bytes']:,} bytes | {case['dropped']:,} "

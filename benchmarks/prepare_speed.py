@@ -36,12 +36,12 @@ rows = sources.open_sources([sys.argv[1]]).rows()
 encoding = tokenizer.encoding()
 seconds = tokens = 0
 while batch := list(islice(rows, 1000)):
-    found = [text for row in batch for text in texts(row)]
+    said = [text for row in batch for text in texts(row)]
     started = time.perf_counter()
     if sys.argv[2] == "batch":
-        ids = encoding.encode_ordinary_batch(found, num_threads=os.cpu_count())
+        ids = encoding.encode_ordinary_batch(said, num_threads=os.cpu_count())
     else:
-        ids = [encoding.encode_ordinary(text) for text in found]
+        ids = [encoding.encode_ordinary(text) for text in said]
     seconds += time.perf_counter() - started
     tokens += sum(map(len, ids))
 print(tokens / seconds)

@@ -123,8 +123,8 @@ def names_of(row: object) -> tuple[str, str]:
 
 def first_words(row: object, limit: int = 120) -> str:
     """The beginning of a row's text as far as it can be told, on one line, for the rejects file."""
-    found = row.words if isinstance(row, Reject) else next(_texts(row, depth=4), "")
-    return " ".join(found[: 4 * limit].encode("utf-8", "replace").decode().split())[:limit]
+    text = row.words if isinstance(row, Reject) else next(_texts(row, depth=4), "")
+    return " ".join(text[: 4 * limit].encode("utf-8", "replace").decode().split())[:limit]
 
 
 def _texts(value: object, depth: int) -> Iterator[str]:
@@ -221,3 +221,8 @@ TROUBLES: dict[str, Callable[[Sequence[Turn]], bool]] = {
     "not English": is_not_english,
     "run of one character": has_run,
 }
+
+
+def troubles_of(turns: Sequence[Turn]) -> list[str]:
+    """The names of those that a conversation has."""
+    return [name for name, has in TROUBLES.items() if has(turns)]

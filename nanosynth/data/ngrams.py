@@ -116,15 +116,16 @@ def shared_grams(train: Path, val: Path) -> dict:
     one_in = -(-val.stat().st_size // (2 * MOST_GRAMS)) or 1
     wanted = HashSet(_all_hashes(val, one_in))
     is_shared = np.zeros(len(wanted.ordered), dtype=bool)
-    for found, _ in _grams(train, one_in):
-        is_shared[wanted.find(found)[1]] = True
+    for hashes, _ in _grams(train, one_in):
+        _, places = wanted.find(hashes)
+        is_shared[places] = True
     every_last = (documents[-1] for _, documents in _grams(val, one_in) if len(documents))
     n_grams, n_shared = np.zeros(
         (2, max(every_last, default=-1) + 1), dtype=np.int64
     )  # by document
-    for found, documents in _grams(val, one_in):
+    for hashes, documents in _grams(val, one_in):
         np.add.at(n_grams, documents, 1)
-        np.add.at(n_shared, documents, is_shared[np.searchsorted(wanted.ordered, found)])
+        np.add.at(n_shared, documents, is_shared[np.searchsorted(wanted.ordered, hashes)])
     return {
         "tokens": GRAM,
         "one_in": one_in,
@@ -139,9 +140,9 @@ def shared_grams(train: Path, val: Path) -> dict:
 def _all_hashes(path: Path, one_in: int) -> np.ndarray:
     """The hashes of a bin's grams. In place: pages that are not written to take no memory."""
     hashes, count = np.empty(path.stat().st_size // 2, dtype=np.uint64), 0
-    for found, _ in _grams(path, one_in):
-        hashes[count : count + len(found)] = found
-        count += len(found)
+    for part, _ in _grams(path, one_in):
+        hashes[count : count + len(part)] = part
+        count += len(part)
     return hashes[:count]
 
 

@@ -277,13 +277,8 @@ def _openhermes(revision: str) -> Part:
     )
     part = _file(path, OPENHERMES_FILE)
     commit = path.parent.name  # the cache's folder of the file is named by it
-    part.identity = {
-        **part.identity,
-        "source": OPENHERMES,
-        "file": OPENHERMES_FILE,
-        "revision": revision,
-        "commit": commit,
-    }
+    part.identity |= {"source": OPENHERMES, "file": OPENHERMES_FILE}
+    part.identity |= {"revision": revision, "commit": commit}
     return part
 
 

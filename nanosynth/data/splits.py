@@ -26,12 +26,12 @@ class DigestSet:
 
     def add(self, digests: list[bytes]) -> list[bool]:
         """Which of them are new; of equal ones among them, the first."""
-        found = np.frombuffer(b"".join(digests), dtype="S16")
-        ordered, first = np.unique(found, return_index=True)
+        added = np.frombuffer(b"".join(digests), dtype="S16")
+        ordered, first = np.unique(added, return_index=True)
         is_known = np.zeros(len(ordered), dtype=bool)
         for array in self._arrays:
             is_known |= is_in(ordered, array)
-        is_new = np.zeros(len(found), dtype=bool)
+        is_new = np.zeros(len(added), dtype=bool)
         is_new[first[~is_known]] = True
         self._arrays.append(ordered[~is_known])
         while len(self._arrays) > 1 and len(self._arrays[-2]) <= 2 * len(self._arrays[-1]):

@@ -92,9 +92,9 @@ def largest_first(shares: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
 
 
 def quantiles(values: np.ndarray) -> dict[str, int | float]:
-    found = {f"p{q}": np.percentile(values, q) for q in (1, 10, 50, 90, 99, 100)}
+    percentiles = {f"p{q}": np.percentile(values, q) for q in (1, 10, 50, 90, 99, 100)}
     is_whole = np.issubdtype(values.dtype, np.integer)
-    return {name: int(v) if is_whole else round(float(v), 4) for name, v in found.items()}
+    return {name: int(v) if is_whole else round(float(v), 4) for name, v in percentiles.items()}
 
 
 def summary(meta: dict) -> str:
@@ -116,7 +116,7 @@ def summary(meta: dict) -> str:
         table([["", *SPLITS], *sizes, ["bytes of text a token", *ratios]]),
         table(
             [["percentile", *percentiles]]
-            + [[name, *map(form.format, found.values())] for name, found, form in spreads]
+            + [[name, *map(form.format, values.values())] for name, values, form in spreads]
         ),
         "\n".join(_shares(meta, name) for name in ("source", "category")),
     ]

@@ -134,10 +134,10 @@ UNTROUBLED = [
 @pytest.mark.parametrize(("trouble", "question", "answer"), TROUBLED)
 def test_known_troubles_are_found(trouble, question, answer):
     turns = [("user", question), ("assistant", answer)]
-    assert [name for name, has in conversations.TROUBLES.items() if has(turns)] == [trouble]
+    assert conversations.troubles_of(turns) == [trouble]
 
 
 @pytest.mark.parametrize(("question", "answer"), UNTROUBLED)
 def test_sound_conversations_have_no_trouble(question, answer):
     turns = [("user", question), ("assistant", answer)]
-    assert not [name for name, has in conversations.TROUBLES.items() if has(turns)]
+    assert not conversations.troubles_of(turns)

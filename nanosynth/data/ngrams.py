@@ -120,9 +120,8 @@ def shared_grams(train: Path, val: Path) -> dict:
         _, places = wanted.find(hashes)
         is_shared[places] = True
     every_last = (documents[-1] for _, documents in _grams(val, one_in) if len(documents))
-    n_grams, n_shared = np.zeros(
-        (2, max(every_last, default=-1) + 1), dtype=np.int64
-    )  # by document
+    by_document = np.zeros((2, max(every_last, default=-1) + 1), dtype=np.int64)
+    n_grams, n_shared = by_document
     for hashes, documents in _grams(val, one_in):
         np.add.at(n_grams, documents, 1)
         np.add.at(n_shared, documents, is_shared[np.searchsorted(wanted.ordered, hashes)])
@@ -148,17 +147,15 @@ def _all_hashes(path: Path, one_in: int) -> np.ndarray:
 
 def _grams(path: Path, one_in: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(hash, number of its document) of each gram of a bin, by the chunk in which it starts."""
-    document, role = (
-        0,
-        0,
-    )  # where the chunk starts: the document's number, the id of the turn's role
-    behind = np.full(2, END_OF_TEXT, dtype="<u2")  # the two tokens before the chunk
+    # Before the chunk: the document's number, the id of the turn's role, the last two tokens.
+    document, role, behind = 0, 0, np.full(2, END_OF_TEXT, dtype="<u2")
     for start in range(0, path.stat().st_size // 2, CHUNK_TOKENS):
         ids = np.fromfile(path, "<u2", count=CHUNK_TOKENS + GRAM - 1, offset=2 * start)
         chunk = ids[:CHUNK_TOKENS]
         documents = document + np.cumsum(chunk == END_OF_TEXT)
         opens = chunk == IM_START
-        roles = np.append(role, np.append(ids[1:], 0)[: len(chunk)][opens])[np.cumsum(opens)]
+        next_ids = np.append(ids[1:], 0)[: len(chunk)]
+        roles = np.append(role, next_ids[opens])[np.cumsum(opens)]  # of each token's turn
         # No gram holds a special id, nor begins in the two tokens behind <|im_start|>: the role.
         n_special = np.cumsum(np.append(0, ids >= END_OF_TEXT))
         is_text = n_special[GRAM:] == n_special[:-GRAM]

@@ -42,11 +42,8 @@ class BinWriter:
         self.partial = self.data_dir / ".partial"
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        names = {split: (f"{split}.bin", f"{split}_mask.bin") for split in SPLITS}
         self._spools = {
-            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20)
-            for pair in names.values()
-            for name in pair
+            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20) for name in FILES
         }
         self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
         self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
@@ -79,9 +76,8 @@ class BinWriter:
         with HashedFile(self.partial / name) as file:
             for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
                 part = slice(first, first + 4096)
-                for start, length in zip(
-                    starts[part].tolist(), lengths[part].tolist(), strict=True
-                ):
+                places = zip(starts[part].tolist(), lengths[part].tolist(), strict=True)
+                for start, length in places:
                     file.write(os.pread(spool.fileno(), length, start))
         spool.close()
         os.unlink(self.partial / f"{name}.spool")

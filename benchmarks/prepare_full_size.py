@@ -30,14 +30,20 @@ TEXT_BYTES = 1360  # of a row before the additions below: makes a file of the re
 class BenchmarkConfig(settings.Settings):
     """Time and memory of prepare.py on a made file of OpenHermes-2.5's size."""
 
-    conversations: str = setting("", "JSON array of real conversations, whose text is rearranged")
-    folder: str = setting(
-        "out/full_size", "where the file and the bins go; emptied of them at last"
+    conversations: str = setting(
+        "", "JSON array of real conversations, whose text is rearranged", path=True
     )
-    rows: int = setting(REAL_ROWS, "of the file")
-    part: int = setting(10, "memory is compared with a file of one in so many rows")
+    folder: str = setting(
+        "out/full_size", "where the file and the bins go; emptied of them at last", path=True
+    )
+    rows: int = setting(REAL_ROWS, "of the file", at_least=1)
+    part: int = setting(10, "memory is compared with a file of one in so many rows", at_least=1)
     keep: bool = setting(False, "leave the file and the bins there")
     flags: settings.MANY = setting((), "passed on to prepare.py, as --flags=--leak_check=True")
+
+    def check(self) -> None:
+        if not Path(self.conversations).is_file():
+            self.refuse("conversations", "wanted a JSON array of real conversations")
 
 
 class Writer:
@@ -219,15 +225,13 @@ def measure(config: BenchmarkConfig, n_rows: int) -> dict:
 
 
 def main(config: BenchmarkConfig) -> None:
-    if not config.conversations:
-        raise UserError("wanted --conversations=FILE.json of real conversations")
     Path(config.folder).mkdir(parents=True, exist_ok=True)
-    found = [measure(config, n) for n in (config.rows // config.part, config.rows)]
+    cases = [measure(config, n) for n in (config.rows // config.part, config.rows)]
     columns = (
         "rows, file, left out as planted, tokens, wall time, tokens/s, of raw tiktoken, memory"
     )
     print(f"| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
-    for case in found:
+    for case in cases:
         speed = case["tokens"] / case["seconds"]
         print(
             f"| {case['rows']:,} | {case['bytes']:,} bytes | {case['dropped']:,} "

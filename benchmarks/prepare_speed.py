@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanosynth import UserError, settings
+from nanosynth import settings
 from nanosynth.settings import setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,15 +33,15 @@ def texts(row):
     except Reject:
         return []
 rows = sources.open_sources([sys.argv[1]]).rows()
-tokenizer = tokenizer.encoding()
+encoding = tokenizer.encoding()
 seconds = tokens = 0
 while batch := list(islice(rows, 1000)):
-    found = [text for row in batch for text in texts(row)]
+    said = [text for row in batch for text in texts(row)]
     started = time.perf_counter()
     if sys.argv[2] == "batch":
-        ids = tokenizer.encode_ordinary_batch(found, num_threads=os.cpu_count())
+        ids = encoding.encode_ordinary_batch(said, num_threads=os.cpu_count())
     else:
-        ids = [tokenizer.encode_ordinary(text) for text in found]
+        ids = [encoding.encode_ordinary(text) for text in said]
     seconds += time.perf_counter() - started
     tokens += sum(map(len, ids))
 print(tokens / seconds)
@@ -52,9 +52,13 @@ print(tokens / seconds)
 class BenchmarkConfig(settings.Settings):
     """Paired ratios of prepare.py's tokens/s and raw tiktoken's."""
 
-    file: str = setting("", "what prepare.py reads")
-    pairs: int = setting(5, "alternations")
-    num_threads: int = setting(os.cpu_count() or 1, "prepare.py's")
+    file: str = setting("", "what prepare.py reads", path=True)
+    pairs: int = setting(5, "alternations", at_least=1)
+    num_threads: int = setting(os.cpu_count() or 1, "prepare.py's", at_least=1)
+
+    def check(self) -> None:
+        if not Path(self.file).is_file():
+            self.refuse("file", "wanted a file that prepare.py reads")
 
 
 def raw(path: str, way: str) -> float:
@@ -76,8 +80,6 @@ def prepared(config: BenchmarkConfig, path: str) -> float:
 
 
 def main(config: BenchmarkConfig) -> None:
-    if not Path(config.file).is_file():
-        raise UserError("wanted --file=FILE")
     path = str(Path(config.file).resolve())
     ratios = []
     for _ in range(config.pairs):

@@ -1,6 +1,8 @@
 """Writes the demo's data set: short instruction-response conversations, generated from a seed.
 
-Usage: python data/make_sample.py --to=data/sample.jsonl
+Usage:
+    python data/make_sample.py --to=data/sample.jsonl
+    python prepare.py --source=data/sample.jsonl --data_dir=data/demo
 
 It has OpenHermes-2.5's schema, many kinds of task, and answers that follow exactly from the
 prompt, so that a model can be scored by comparing strings. Most prompts hold words, names or
@@ -10,6 +12,7 @@ docstring shows one conversation, as question -> answer; next question -> answer
 
 import json
 import random
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanosynth import settings  # noqa: E402
+from nanosynth import UserError, settings  # noqa: E402
 from nanosynth.files import write_atomically  # noqa: E402
 from nanosynth.settings import setting  # noqa: E402
 
@@ -354,17 +357,22 @@ def conversations(count: int, seed: int = 42) -> Iterator[dict]:
 class SampleDataConfig(settings.Settings):
     """Write the demo's conversations as JSON lines, which prepare.py reads like any others."""
 
-    to: str = setting("data/sample.jsonl", "the file", path=True)
+    to: str = setting("data/sample.jsonl", "the file, which is replaced", path=True)
     num_rows: int = setting(60_000, "conversations", at_least=1)
     seed: int = setting(42, "of all that is drawn", at_least=0)
 
 
 def main(config: SampleDataConfig) -> None:
     path = Path(config.to)
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = conversations(config.num_rows, config.seed)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{config.num_rows:,} conversations in {path}")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lines)
+    except OSError as error:
+        raise UserError(f"--to={path} cannot be written: {error}") from error
+    print(f"{config.num_rows:,} conversations in {path}; to prepare them:")
+    print(f"python prepare.py --source={shlex.quote(str(path))} --data_dir=data/demo")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ IM_START = 50257  # opens a turn
 IM_END = 50258  # closes a turn
 N_IDS = 50259  # ids from here up are padding and are never sampled
 VOCAB_SIZE = 50304  # rows of the embedding: padded to a multiple of 64 for the tensor cores
+SPECIAL_IDS = {"<|endoftext|>": END_OF_TEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
 STOP_IDS = (IM_END, END_OF_TEXT)
 TEMPLATE = "chatml"
 
@@ -38,18 +39,18 @@ Turn = tuple[str, str]  # (role, text)
 @functools.cache
 def encoding() -> tiktoken.Encoding:
     """GPT-2's BPE with the special ids, built from the committed rank table."""
-    special = {"<|endoftext|>": END_OF_TEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
-    return tiktoken.Encoding(
-        "gpt2-chatml", pat_str=_SPLIT_PATTERN, mergeable_ranks=_ranks(), special_tokens=special
-    )
+    return _built("gpt2-chatml", SPECIAL_IDS)
 
 
 @functools.cache
 def _joining_encoding() -> tiktoken.Encoding:
     """The same BPE, which keeps texts apart at a separator."""
-    special = {_SEPARATOR: _SEPARATOR_ID}
+    return _built("gpt2-texts", {_SEPARATOR: _SEPARATOR_ID})
+
+
+def _built(name: str, special: dict[str, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding(
-        "gpt2-texts", pat_str=_SPLIT_PATTERN, mergeable_ranks=_ranks(), special_tokens=special
+        name, pat_str=_SPLIT_PATTERN, mergeable_ranks=_ranks(), special_tokens=special
     )
 
 
@@ -60,11 +61,8 @@ def _ranks() -> dict[bytes, int]:
         raise UserError(f"no rank table at {RANKS_PATH}; restore it from the repository") from None
     if hashlib.sha256(table).hexdigest() != RANKS_SHA256:
         raise UserError(f"{RANKS_PATH} is not GPT-2's rank table; restore it from the repository")
-    ranks = {}
-    for line in table.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    return ranks
+    lines = (line.split() for line in table.splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 @functools.cache
@@ -117,7 +115,7 @@ def _encode_texts(texts: list[str]) -> list[np.ndarray]:
     and threads would wait for Python's lock after each.
     """
     joined = _SEPARATOR.join(texts)
-    if joined.count(_SEPARATOR) != len(texts) - 1 or not _is_unicode(joined):
+    if joined.count(_SEPARATOR) != len(texts) - 1 or not is_unicode(joined):
         return [np.array(encoding().encode_ordinary(text), dtype=np.uint16) for text in texts]
     ids = _joining_encoding().encode_to_numpy(
         joined, allowed_special={_SEPARATOR}, disallowed_special=()
@@ -127,12 +125,13 @@ def _encode_texts(texts: list[str]) -> list[np.ndarray]:
     return [ids[start:end] for start, end in zip(starts, ends, strict=False)]
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether no lone surrogate is in it; a prompt from a terminal may have one."""
+def is_unicode(text: str) -> bool:
+    """Whether it holds no lone surrogate, which JSON's escapes and a terminal may give."""
     try:
-        return bool(text.encode()) or not text
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def prompt_ids(turns: Sequence[Turn]) -> list[int]:

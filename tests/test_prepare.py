@@ -10,8 +10,7 @@ import pytest
 
 import prepare
 from nanosynth import UserError, tokenizer
-from nanosynth.data import bins, splits, stats, troubles
-from nanosynth.data.splits import DigestSet, digest_of, split_of
+from nanosynth.data import bins, ngrams, stats
 from tiny import chat_row, command, write_jsonl
 
 QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for number in range(100)]
@@ -111,24 +110,6 @@ def test_documents_are_shuffled(tmp_path):
     assert len(found) > 50 and numbers(found) != sorted(numbers(found))
 
 
-def test_variants_of_a_first_user_turn_stay_on_one_side():
-    sides = []
-    for number in range(300):
-        text = f"What is {number} plus café?"
-        variants = [
-            text,
-            text.upper(),
-            f"  {text.replace(' ', '   ')}\n",
-            text.replace("é", "e\u0301"),
-        ]
-        found = {split_of(variant, 0.3, 42) for variant in variants}
-        assert len(found) == 1
-        sides += found
-    assert 60 < sides.count("val") < 120  # 90 in the mean
-    other = [split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
-    assert other != sides
-
-
 def test_no_first_user_turn_is_on_both_sides(tmp_path):
     rows = [chat_row(f"Q {n % 30}" + " " * (n % 3), f"A {n}") for n in range(90)]
     run(tmp_path, rows, val_fraction=0.4)
@@ -217,7 +198,7 @@ def test_a_senseless_setting_is_refused_by_its_flag(changes):
 
 def test_table_reads_meta(tmp_path):
     meta = json.loads(json.dumps(run(tmp_path, QUESTIONS)))
-    assert re.search(r"^rows kept +100$", stats.table(meta), re.MULTILINE)
+    assert re.search(r"^rows kept +100$", stats.summary(meta), re.MULTILINE)
 
 
 def test_rejects_have_their_place_reason_and_first_words(tmp_path):
@@ -238,82 +219,18 @@ def test_rejects_have_their_place_reason_and_first_words(tmp_path):
     assert len(path.read_text().splitlines()) == 1  # it tells why
 
 
-TROUBLED = [
-    ("refusal or AI boilerplate", "Tell me.", "As an AI language model, I do not know."),
-    ("refusal or AI boilerplate", "Do it.", "I\u2019m sorry, but I cannot do that."),
-    ("refusal or AI boilerplate", "Do it!", "I can't help with it."),
-    (
-        "not English",
-        "¿Qué es el sol?",
-        "El sol es una estrella que está en el centro de la galaxia.",
-    ),
-    (
-        "not English",
-        "什么是太阳",
-        "太阳是一颗恒星，位于太阳系的中心。它给地球带来光和热，是生命的源泉。",
-    ),
-    ("run of one character", "Draw a line.", "Here: " + "-" * 100),
-    ("run of one character", "x" * 124 + "y", "No."),
-]
-UNTROUBLED = [
-    ("Say no.", "I can't swim, but I can help you. I'm sorry to hear of it."),
-    ("Who are you?", "I am an aide of the king, as an aim goes."),
-    ("Code?", "for i in range(10):\n    print(i ** 2)\n" + "# " + "-" * 99),
-    ("What is déjà vu? It is French for 'le déjà vu'.", "It is the feeling of having seen it."),
-    ("2 + 2?", "4"),
-    (
-        "Translate 'sun' to Japanese.",
-        "It is 太陽 (taiyou), which is read so in all of the country.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("trouble", "question", "answer"), TROUBLED)
-def test_known_troubles_are_found(trouble, question, answer):
-    turns = [("user", question), ("assistant", answer)]
-    assert [name for name, has in troubles.TROUBLES.items() if has(turns)] == [trouble]
-
-
-@pytest.mark.parametrize(("question", "answer"), UNTROUBLED)
-def test_sound_conversations_have_no_trouble(question, answer):
-    turns = [("user", question), ("assistant", answer)]
-    assert not [name for name, has in troubles.TROUBLES.items() if has(turns)]
-
-
 def test_troubles_are_counted_always_and_dropped_on_request(tmp_path):
-    rows = [*QUESTIONS, *(chat_row(question, answer) for _, question, answer in TROUBLED)]
-    seen = {"refusal or AI boilerplate": 3, "not English": 2, "run of one character": 2}
+    answers = ["As an AI language model, I do not know."] * 3
+    answers += ["El sol es una estrella que está en el centro de la galaxia."] * 2
+    answers += ["-" * 100]
+    seen = {"refusal or AI boilerplate": 3, "not English": 2, "run of one character": 1}
+    rows = [*QUESTIONS, *(chat_row(f"{n}?", answer) for n, answer in enumerate(answers))]
     meta = run(tmp_path, rows)
-    assert meta["troubles"] == seen and meta["rows_dropped"] == {} and meta["rows_kept"] == 107
+    assert meta["troubles"] == seen and meta["rows_dropped"] == {} and meta["rows_kept"] == 106
     for flag, reason in zip(("refusals", "non_english", "runs"), seen, strict=True):
         meta = run(tmp_path, rows, **{f"drop_{flag}": True})
         assert meta["troubles"] == seen and meta["rows_dropped"] == {reason: seen[reason]}
         assert meta[f"drop_{flag}"] is True
-
-
-def test_digest_set_tells_new_from_old():
-    chance = np.random.default_rng(0)
-    digests = [bytes(row) for row in chance.integers(0, 3, (400, 16), dtype=np.uint8)]
-    digests = [digest[:14] + bytes(2) for digest in digests] * 5
-    chance.shuffle(digests)
-    seen, known, found = DigestSet(), set(), []
-    for start in range(0, len(digests), 37):
-        found += seen.add(digests[start : start + 37])
-    for digest, is_new in zip(digests, found, strict=True):
-        assert is_new == (digest not in known)
-        known.add(digest)
-    assert seen.add([]) == []
-
-
-def test_digests_differ_where_conversations_do():
-    found = [
-        [("user", "a"), ("assistant", "b")],
-        [("user", "aassistant 1 b"), ("assistant", "b")],
-        [("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b")],
-        [("system", "a"), ("user", "a"), ("assistant", "b")],
-        [("user", "a"), ("assistant", "b\0")],
-    ]
-    assert len({digest_of(turns) for turns in found}) == len(found)
 
 
 def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
@@ -328,10 +245,10 @@ def grams_of(documents: Iterable[str]) -> list[list[tuple]]:
     return found
 
 
-@pytest.mark.parametrize("block_tokens", [1 << 20, 100])
-def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, block_tokens):
-    monkeypatch.setattr(splits, "_BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(splits, "_FILTER_BITS", 1 << 12)
+@pytest.mark.parametrize("chunk_tokens", [1 << 20, 100])
+def test_leak_check_counts_shared_grams(tmp_path, capsys, monkeypatch, chunk_tokens):
+    monkeypatch.setattr(ngrams, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(ngrams, "FILTER_BITS", 1)
     words = "one two three four five six seven eight nine ten eleven twelve".split()
     chance = np.random.default_rng(0)
     rows = [

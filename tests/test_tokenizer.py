@@ -90,4 +90,4 @@ def test_missing_or_other_rank_table_is_refused(tmp_path, monkeypatch, content):
         path.write_bytes(content)
     monkeypatch.setattr(tokenizer, "RANKS_PATH", path)
     with pytest.raises(UserError, match="restore it from the repository"):
-        tokenizer.tokenizer.__wrapped__()
+        tokenizer.encoding.__wrapped__()

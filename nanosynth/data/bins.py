@@ -32,18 +32,18 @@ FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
 
 
 class BinWriter:
-    """Collects documents of both splits in reading order; `finish` shuffles and publishes them."""
+    """Collects documents of both splits in reading order, shuffles and publishes them.
+
+    As a context it removes on leaving, whatever happened, what was not published.
+    """
 
     def __init__(self, data_dir: str):
         self.data_dir = Path(data_dir)
         self.partial = self.data_dir / ".partial"
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        names = {split: (f"{split}.bin", f"{split}_mask.bin") for split in SPLITS}
         self._spools = {
-            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20)
-            for pair in names.values()
-            for name in pair
+            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20) for name in FILES
         }
         self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
         self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
@@ -75,11 +75,8 @@ class BinWriter:
         spool.flush()
         with HashedFile(self.partial / name) as file:
             for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
-                places = zip(
-                    starts[first : first + 4096].tolist(),
-                    lengths[first : first + 4096].tolist(),
-                    strict=True,
-                )
+                part = slice(first, first + 4096)
+                places = zip(starts[part].tolist(), lengths[part].tolist(), strict=True)
                 for start, length in places:
                     file.write(os.pread(spool.fileno(), length, start))
         spool.close()
@@ -105,8 +102,14 @@ class BinWriter:
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
 
+    def __enter__(self) -> "BinWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
     def discard(self) -> None:
-        """Remove what was not published; call it last, whatever happened."""
+        """Remove what was not published."""
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # its last bytes, to a full disk
                 spool.close()
@@ -128,18 +131,18 @@ def read_meta(data_dir: str) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
     if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
-        found = f"format {version}, vocabulary {vocab_size}"
+        has = f"format {version}, vocabulary {vocab_size}"
         wanted = f"format {FORMAT_VERSION}, vocabulary {VOCAB_SIZE}"
-        raise UserError(f"{path} has {found}; wanted {wanted}; run: {mend}")
+        raise UserError(f"{path} has {has}; wanted {wanted}; run: {mend}")
     for name, wanted_bytes in files.items():
         bin_path = path.parent / name
         size = bin_path.stat().st_size if bin_path.is_file() else 0
         if size != wanted_bytes:
             raise UserError(f"{bin_path} has {size} bytes, not {wanted_bytes}; run: {mend}")
     for split in SPLITS:
-        found, n_masks = files[f"{split}.bin"], files[f"{split}_mask.bin"]
-        if found != 2 * n_masks:
-            said = f"{split}.bin has {found} bytes, {split}_mask.bin {n_masks}; wanted 2 to 1"
+        n_ids, n_mask = files[f"{split}.bin"], files[f"{split}_mask.bin"]  # bytes
+        if n_ids != 2 * n_mask:
+            said = f"{split}.bin has {n_ids} bytes, {split}_mask.bin {n_mask}; wanted 2 to 1"
             raise UserError(f"{path}: {said}; run: {mend}")
     return meta
 
@@ -158,11 +161,12 @@ class Split:
 
     def ids(self, start: int, count: int) -> np.ndarray:
         """(count,) uint16."""
-        found = np.frombuffer(self._pread(self.path, self._ids, 2 * start, 2 * count), dtype="<u2")
-        if found.size and found.max() >= VOCAB_SIZE:
-            place = start + int(found.argmax())
-            raise UserError(f"{self.path}: id {found.max()} at token {place}; prepare it again")
-        return found
+        data = self._pread(self.path, self._ids, 2 * start, 2 * count)
+        ids = np.frombuffer(data, dtype="<u2")
+        if ids.size and ids.max() >= VOCAB_SIZE:
+            place = start + int(ids.argmax())
+            raise UserError(f"{self.path}: id {ids.max()} at token {place}; prepare it again")
+        return ids
 
     def mask(self, start: int, count: int) -> np.ndarray:
         """(count,) uint8, 1 on assistant tokens."""

@@ -1,7 +1,7 @@
 """Rows of files, folders and the hub, and what names these very rows.
 
 A row that cannot be read comes as a Reject in its place: prepare.py counts these. What conversation
-a row holds is told by rows.py.
+a row holds is told by conversations.py.
 """
 
 import contextlib
@@ -23,6 +23,10 @@ from nanosynth.data.conversations import Reject
 OPENHERMES = "teknium/OpenHermes-2.5"
 # The data has one file, unchanged since 2023-11-12; later revisions touch its card alone.
 OPENHERMES_FILE, OPENHERMES_REVISION = "openhermes2_5.json", "b820378"
+MAKE_SAMPLE = (
+    "python data/make_sample.py --to=data/sample.jsonl && "
+    "python prepare.py --source=data/sample.jsonl --data_dir=data/demo"
+)
 HUB = "https://huggingface.co"
 KINDS = (".json", ".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -52,6 +56,11 @@ class Source:
 
     def __post_init__(self):
         self.part = self.parts[0]
+        units, sizes = {part.unit for part in self.parts}, [part.size for part in self.parts]
+        self._has_one_unit = len(units) == 1
+        self.unit = self.part.unit if self._has_one_unit else "rows"
+        # None where a part does not know its own, or unlike units have no sum.
+        self.size = sum(sizes) if self._has_one_unit and None not in sizes else None
 
     def rows(self) -> Iterator[object]:
         self.n_rows = 0
@@ -65,23 +74,14 @@ class Source:
                 yield row
 
     @property
-    def _has_one_unit(self) -> bool:
-        return len({part.unit for part in self.parts}) == 1
-
-    @property
-    def unit(self) -> str:
-        return self.parts[0].unit if self._has_one_unit else "rows"
-
-    @property
-    def size(self) -> int | None:
-        """None where a part does not know it, or unlike units have no sum."""
-        sizes = [part.size for part in self.parts]
-        return sum(sizes) if self._has_one_unit and None not in sizes else None
+    def stated_rows(self) -> int | None:
+        """How many they are, where that is known before they were read."""
+        return self.size if self.unit == "rows" else None
 
     @property
     def position(self) -> int:
-        is_sum = self._has_one_unit
-        return sum(part.position for part in self.parts) if is_sum else self.n_rows
+        """How far it was read, in `unit`."""
+        return sum(part.position for part in self.parts) if self._has_one_unit else self.n_rows
 
     @property
     def identity(self) -> dict:
@@ -108,10 +108,10 @@ def _parts(name: str, revision: str) -> list[Part]:
         return _folder(path)
     is_local = is_readable(path) or path.parent.is_dir()  # a mistyped name beside other files
     if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        wanted = f"{_file_kinds()}, a folder or a hub id such as {OPENHERMES}"
-        if name == "sample":
-            wanted += "; python data/make_sample.py --to=FILE.jsonl writes the demo's conversations"
-        raise UserError(f"no source {name!r}; wanted {wanted}")
+        wanted = f"wanted {_file_kinds()}, a folder or a hub id such as {OPENHERMES}"
+        if path.stem == "sample":
+            wanted = f"the demo's is made first: {MAKE_SAMPLE}"
+        raise UserError(f"no source {name!r}; {wanted}")
     return [_hub(name, revision)]
 
 
@@ -277,13 +277,8 @@ def _openhermes(revision: str) -> Part:
     )
     part = _file(path, OPENHERMES_FILE)
     commit = path.parent.name  # the cache's folder of the file is named by it
-    part.identity = {
-        **part.identity,
-        "source": OPENHERMES,
-        "file": OPENHERMES_FILE,
-        "revision": revision,
-        "commit": commit,
-    }
+    part.identity |= {"source": OPENHERMES, "file": OPENHERMES_FILE}
+    part.identity |= {"revision": revision, "commit": commit}
     return part
 
 

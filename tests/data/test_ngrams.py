@@ -2,6 +2,50 @@ import numpy as np
 import pytest
 
 from nanosynth.data import ngrams
+from nanosynth.tokenizer import END_OF_TEXT
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 13, 50])
+def test_window_hashes_are_the_polynomial_mixed(length):
+    ids = random_ids(60, seed=0)
+    found = ngrams.window_hashes(ids, length).tolist()
+    assert len(found) == 60 - length + 1
+    for start, value in enumerate(found):
+        wanted = 0
+        for id in ids[start : start + length].tolist():
+            wanted = (wanted * ngrams.BASE + id) % 2**64
+        wanted = ((wanted ^ wanted >> 32) * 0xD6E8FEB86659FD93) % 2**64
+        assert value == wanted ^ wanted >> 32
+    assert ngrams.window_hashes(ids[: length - 1], length).size == 0
+
+
+@pytest.mark.parametrize("filter_bits", [1, 32])
+def test_hash_set_finds_what_it_holds(monkeypatch, filter_bits):
+    monkeypatch.setattr(ngrams, "FILTER_BITS", filter_bits)
+    hashes = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
+    known = ngrams.HashSet(np.concatenate([hashes[::2], hashes[::4]]))
+    assert known.ordered.tolist() == sorted(hashes[::2].tolist())
+    places, there = known.find(hashes)
+    assert places.tolist() == list(range(0, 1000, 2))
+    assert known.ordered[there].tolist() == hashes[::2].tolist()
+    assert ngrams.HashSet(hashes[:0].copy()).find(hashes)[0].size == 0
+
+
+def test_of_many_grams_one_in_so_many_is_looked_at(tmp_path, monkeypatch):
+    documents = random_ids(20_000, seed=0, top=50_256)
+    documents[499::500] = END_OF_TEXT
+    train, val = tmp_path / "train.bin", tmp_path / "val.bin"
+    documents[:15_000].tofile(train)
+    documents[10_000:].tofile(val)
+    whole = ngrams.shared_grams(train, val)
+    n_grams = 500 - 1 - 12  # of a document
+    assert whole["one_in"] == 1 and whole["val_grams"] == 20 * n_grams
+    assert whole["val_grams_in_train"] == 10 * n_grams
+    assert whole["val_documents"] == 20 and whole["val_documents_with_half"] == 10
+    monkeypatch.setattr(ngrams, "MOST_GRAMS", 1000)
+    part = ngrams.shared_grams(train, val)
+    assert part["one_in"] == 10 and 0.08 < part["val_grams"] / whole["val_grams"] < 0.12
+    assert part["val_documents"] == 20 and part["val_documents_with_half"] == 10
 
 
 def reader(train: np.ndarray):
@@ -69,7 +113,6 @@ def test_equals_a_naive_search_where_tokens_repeat():
 def test_colliding_hashes_are_told_apart(monkeypatch):
     """With a base of 1 every order of the same ids has the same hash: only tokens decide."""
     monkeypatch.setattr(ngrams, "BASE", 1)
-    monkeypatch.setattr(ngrams, "INVERSE", 1)
     train = np.arange(100, dtype="<u2")
     forward, backward = list(range(20, 40)), list(range(39, 19, -1))
     assert copied([backward, forward, backward], train, run=20) == [False, True, False]

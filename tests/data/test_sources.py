@@ -1,8 +1,7 @@
 import gzip
 import io
-import itertools
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -10,96 +9,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import make_sample
 from nanosynth import UserError
-from nanosynth.data import conversations, json_array, sources
-from tiny import REPO, chat_row, write_jsonl
-
-HUMAN = {"from": "human", "value": "Hi"}
-GPT = {"from": "gpt", "value": "Yo"}
-MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-PAIR = [("user", "Hi"), ("assistant", "Yo")]
-
-
-def row(*turns: object) -> dict:
-    return {"conversations": list(turns)}
+from nanosynth.data import conversations, sources
+from tiny import chat_row, write_jsonl
 
 
 def rows_of(*paths: object) -> list:
     return list(sources.open_sources([str(path) for path in paths]).rows())
-
-
-@pytest.mark.parametrize(
-    ("found", "turns"),
-    [
-        (row(HUMAN, GPT), PAIR),
-        (row({"from": "system", "value": "S"}, HUMAN, GPT), [("system", "S"), *PAIR]),
-        (row({"from": "system", "value": " \n"}, HUMAN, GPT), PAIR),
-        (row(HUMAN, GPT, HUMAN, GPT), PAIR * 2),
-        (row({**HUMAN, "weight": None}, {**GPT, "weight": 1}), PAIR),
-        ({"messages": MESSAGES}, PAIR),
-        ({"conversations": [HUMAN, GPT], "id": None, "system_prompt": None, "source": "x"}, PAIR),
-        ({"instruction": "Hi", "output": "Yo"}, PAIR),
-        ({"instruction": "Hi", "input": "", "output": "Yo"}, PAIR),
-        ({"instruction": "Hi", "input": None, "output": None, "response": "Yo"}, PAIR),
-        ({"instruction": "Hi", "input": "x", "output": "Yo"}, [("user", "Hi\n\nx"), PAIR[1]]),
-        ({"instruction": "Hi", "output": "Yo", "system_prompt": "S"}, [("system", "S"), *PAIR]),
-        # A table of several sources has all their columns, null where a row has none.
-        ({"conversations": None, "messages": MESSAGES}, PAIR),
-        ({"conversations": None, "messages": None, "instruction": "Hi", "output": "Yo"}, PAIR),
-        (row({"from": None, "value": None, "role": "user", "content": "Hi"}, GPT), PAIR),
-        (row({"from": "human", "value": "  Hi\n"}, GPT), [("user", "  Hi\n"), PAIR[1]]),
-    ],
-)  # fmt: skip
-def test_each_form_of_row(found, turns):
-    assert conversations.conversation(found) == turns
-
-
-REJECTS = [
-    ("row is not an object", ["Hi"]),
-    ("row is not an object", None),
-    ("no conversations, messages or instruction", {}),
-    ("no conversations, messages or instruction", {"text": "Hi", "instruction": None}),
-    ("turns are not a list", {"conversations": "Hi"}),
-    ("turns are not a list", {"messages": {"role": "user"}}),
-    ("turn is not an object", row(HUMAN, "Yo")),
-    ("turn is not an object", row(None)),
-    ("unknown role", row(HUMAN, {"from": "tool", "value": "Yo"})),
-    ("unknown role", row(HUMAN, {"value": "Yo"})),
-    ("unknown role", row(HUMAN, {"from": ["gpt"], "value": "Yo"})),
-    ("turn without text", row(HUMAN, {"from": "gpt"})),
-    ("turn without text", row(HUMAN, {"from": "gpt", "value": 5})),
-    ("turn without text", {"instruction": "Hi"}),
-    ("turn without text", {"instruction": "Hi", "output": ["Yo"]}),
-    ("turn without text", {"instruction": 5, "output": "Yo"}),
-    ("no turns", row()),
-    ("no turns", row({"from": "system", "value": "S"})),
-    ("does not begin with the user", row(GPT)),
-    ("does not begin with the user", row(GPT, HUMAN, GPT)),
-    ("turns do not alternate", row(HUMAN, HUMAN, GPT)),
-    ("turns do not alternate", row(HUMAN, GPT, {"from": "system", "value": "S"}, HUMAN, GPT)),
-    ("empty turn", row({"from": "human", "value": ""}, GPT)),
-    ("empty turn", row(HUMAN, {"from": "gpt", "value": " \n"})),
-    ("empty turn", {"instruction": "Hi", "output": ""}),
-    ("does not end with an answer", row(HUMAN)),
-    ("does not end with an answer", row(HUMAN, GPT, HUMAN)),
-    ("text is not valid Unicode", row(HUMAN, {"from": "gpt", "value": "\ud800"})),
-    ("text is not valid Unicode", row({"from": "system", "value": "\udfff"}, HUMAN, GPT)),
-    ("line is not JSON", conversations.Reject("line is not JSON")),
-    ("spaces without end", row(HUMAN, {"from": "gpt", "value": "x" + "\n " * 500_000 + "x"})),
-]
-
-
-@pytest.mark.parametrize(("reason", "found"), REJECTS, ids=lambda value: repr(value)[:80])
-def test_each_reason_to_reject(reason, found):
-    with pytest.raises(conversations.Reject) as reject:
-        conversations.conversation(found)
-    assert str(reject.value) == reason
-
-
-def test_no_reason_is_left_untested():
-    text = "".join((REPO / f"nanosynth/{name}.py").read_text() for name in ("rows", "sources"))
-    assert set(re.findall(r'Reject\("(.+?)"[,)]', text)) == {reason for reason, _ in REJECTS}
 
 
 ROWS = [chat_row(f"Question {number}?", "Ünïcode ✓") for number in range(5)]
@@ -173,8 +89,20 @@ def test_broken_parquet_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["sampel", "missing.jsonl", "data/missing.json", "a/b/c"])
 def test_a_source_that_is_not_there_is_refused(name):
-    with pytest.raises(UserError, match="no source .*; wanted .sample., a .json, .jsonl"):
+    with pytest.raises(UserError, match="no source .*; wanted a .json, .jsonl"):
         sources.open_sources([name])
+
+
+@pytest.mark.parametrize("name", ["sample", "data/sample.jsonl"])
+def test_the_demos_file_that_is_not_there_is_made_by_two_commands(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        sources.open_sources([name])
+    commands = str(error.value).split("made first: ")[1].split(" && ")
+    assert commands == [
+        "python data/make_sample.py --to=data/sample.jsonl",
+        "python prepare.py --source=data/sample.jsonl --data_dir=data/demo",
+    ]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -182,19 +110,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_text("a,b\n")
     with pytest.raises(UserError, match="cannot read .*rows.csv; wanted a .json, .jsonl"):
         sources.open_sources([str(path)])
-
-
-def test_synthetic_conversations_are_accepted_and_deterministic():
-    found = list(make_sample.conversations(50))
-    assert len(found) == 50 and found == list(make_sample.conversations(50))
-    assert all(conversations.conversation(row) for row in found)
-
-
-def test_sample_source():
-    source = sources.open_sources(["sample"])
-    found = list(itertools.islice(source.rows(), 50))
-    assert found == list(itertools.islice(make_sample.conversations(source.size), 50))
-    assert source.position == 50 and source.unit == "rows"
 
 
 def write_rows(path: Path, found: list) -> Path:
@@ -261,9 +176,23 @@ def test_several_files_and_a_folder(tmp_path):
     assert source.position == source.size == sum(part.size for part in source.parts)
     assert source.identity["source"] == "a.json.gz, b/second.parquet, third.jsonl"
     assert [len(identity["sha256"]) for identity in source.identity["sources"]] == [64] * 3
-    mixed = sources.open_sources([str(third), "sample"])
-    assert (mixed.size, mixed.unit) == (None, "rows")
-    assert sum(1 for _ in itertools.islice(mixed.rows(), 10)) == mixed.position == 10
+
+
+def test_parts_of_unlike_units_are_counted_in_rows(tmp_path):
+    """A file is measured in bytes, a data set of the hub in rows: they have no sum."""
+
+    def read(part: sources.Part) -> Iterator[object]:
+        for part.position, row in enumerate(ROWS, 1):
+            yield row
+
+    in_rows = sources.Part("hub", {"source": "hub"}, len(ROWS), "rows", read)
+    in_bytes = sources.open_sources([str(write_jsonl(tmp_path / "rows.jsonl", ROWS))]).parts
+    mixed = sources.Source([*in_bytes, in_rows])
+    assert (mixed.size, mixed.unit, mixed.stated_rows) == (None, "rows", None)
+    assert [mixed.position for _ in mixed.rows()] == list(range(1, 11))
+    alone = sources.Source([in_rows])
+    assert (alone.size, alone.unit, alone.stated_rows) == (len(ROWS), "rows", len(ROWS))
+    assert [alone.position for _ in alone.rows()] == [1, 2, 3, 4, 5]
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path):
@@ -284,50 +213,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
         file.write(b"\n" if change == "longer" else b"")
     with pytest.raises(UserError, match=rf"changed while it was read \(.*, {size} at first\)"):
         list(found)
-
-
-ARRAY = [
-    {"a": [1, -2.5e3, 'x\u00e9\U0001f642 \\ " ]', None, True], "b": {}},
-    12345,
-    "text",
-    [],
-    -1.5,
-    [[{}]],
-    False,
-]
-
-
-@pytest.mark.parametrize("indent", [None, 2, 40])
-@pytest.mark.parametrize("is_ascii", [True, False])
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
-def test_an_array_is_read_whatever_the_blocks(monkeypatch, indent, is_ascii, block):
-    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
-    text = json.dumps(ARRAY, indent=indent, ensure_ascii=is_ascii)
-    assert list(json_array.items(io.BytesIO(text.encode()))) == ARRAY
-
-
-@pytest.mark.parametrize(
-    ("content", "message", "offset"),
-    [
-        (b"[1, 2", "it ends too early", 5),
-        (b"[1, 2,", "Expecting value", 6),
-        (b"[1, 2,]", "Expecting value", 6),
-        (b"[1 2]", "wanted ',' or ']'", 3),
-        (b"[1] [", "text after the array's end", 4),
-        (b"[1]\x00", "text after the array's end", 3),
-        (b'["caf\xc3\xa9", {"a": tru}]', "Expecting value", 16),
-        (b'["caf\xc3\xa9", {"a": "x]', "Unterminated string starting at", 16),
-        (b"[" + b"[" * 100_000 + b"]" * 100_000 + b"]", "it is nested too deeply", 1),
-    ],
-)
-@pytest.mark.parametrize("block", [1, 1 << 16])
-def test_broken_arrays_say_where(monkeypatch, content, message, offset, block):
-    if block == 1 and len(content) > 1000:
-        pytest.skip("no window of one byte for a long item")
-    monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
-    with pytest.raises(json_array.BrokenArray, match=re.escape(message)) as error:
-        list(json_array.items(io.BytesIO(content)))
-    assert error.value.offset == offset
 
 
 def test_odd_but_valid_json_costs_no_other_row(tmp_path):
@@ -359,18 +244,6 @@ def test_parquet_text_that_is_not_utf8_is_a_reject(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     found = rows_of(tmp_path / "rows.parquet")
     assert [isinstance(row, conversations.Reject) for row in found] == [False, True, False]
-
-
-def test_first_words():
-    assert conversations.first_words(chat_row("  Hi\n there ")) == "Hi there"
-    assert conversations.first_words({"source": "s", "instruction": "Do"}) == "Do"
-    assert conversations.first_words({"a": [{"b": "deep"}]}) == "deep"
-    assert (
-        conversations.first_words(conversations.Reject("line is not JSON", "{broken \udcff"))
-        == "{broken ?"
-    )
-    assert conversations.first_words([]) == conversations.first_words(5) == ""
-    assert len(conversations.first_words(chat_row("word " * 1000))) <= 120
 
 
 @pytest.fixture
@@ -409,5 +282,5 @@ def test_no_network_says_how_to_bring_the_file(hub_cache, name, place):
 def test_a_mistyped_file_beside_others_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no source 'data/foo\.jsnl'; wanted 'sample'"):
+    with pytest.raises(UserError, match=r"no source 'data/foo\.jsnl'; wanted a .json"):
         sources.open_sources(["data/foo.jsnl"])

@@ -166,7 +166,7 @@ def report(result: dict) -> str:
         f"{result['block_size']}, stride {result['stride']}, {result['dtype']}",
     ]
     if on_answers:
-        lines.append("scored is what training had for targets (loss_on=assistant)")
+        lines.append("no other token was a target in training (loss_on=assistant)")
     return "\n".join(lines)
 
 

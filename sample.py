@@ -38,17 +38,22 @@ class SampleConfig(settings.Settings):
     )
 
     prompt: str = setting(
-        "", "one prompt; its answer goes to the terminal", group="What is asked: one of the three"
+        "", "one prompt; its answer goes to the terminal", group="What is asked: one of three"
     )
     chat: bool = setting(False, "a conversation in the terminal")
     prompts: str = setting(
         "", "file: .txt (one a line), .jsonl (prompt, answer) or a split's .bin", path=True
     )
 
-    system: str = setting("", "a system turn before the prompt", group="How it is asked")
-    template: bool = setting(True, "the prompt is a user's turn; False: plain text to continue")
+    template: bool = setting(
+        True, "a prompt is a user's turn; False: plain text to continue", group="How it is asked"
+    )
+    system: str = setting("", "a system turn before the prompt")
     num_samples: int = setting(1, "answers to each prompt", at_least=1)
-    num_prompts: int = setting(0, "take the first so many of the file; 0: all", at_least=0)
+
+    num_prompts: int = setting(
+        0, "take the first so many; 0: all", group="A file of prompts", at_least=0
+    )
     batch_size: int = setting(64, "sequences generated together", at_least=1)
     output_dir: str = setting(
         "", "where generations.jsonl and .txt go; empty: the run's folder", path=True

@@ -37,20 +37,30 @@ from nanosynth.training import distributed
 class EvaluationConfig(settings.Settings):
     """Tokens/s of evaluation, ours against transformers'."""
 
-    config: str = setting("", "take the shape of this config file of ours")
-    n_layer: int = setting(12, "blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "channels")
-    block_size: int = setting(1024, "context, in tokens")
-    batch_size: int = setting(8, "windows at once")
-    data_dir: str = setting("", "prepared bins; empty: random tokens")
-    n_rows: int = setting(8, "rows of val.bin that are scored")
-    dtype: str = setting("auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it")
+    config: str = setting(
+        "", "take the shape of this config file of ours", group="The model", path=True
+    )
+    n_layer: int = setting(12, "blocks", at_least=1)
+    n_head: int = setting(12, "attention heads", at_least=1)
+    n_embd: int = setting(768, "channels", at_least=1)
+    block_size: int = setting(1024, "context, in tokens", at_least=1)
     device: str = setting("cpu", "cpu or cuda")
-    pairs: int = setting(5, "turns of each side")
-    json: str = setting("", "file for the figures")
-    worker: Literal["", "ours", "transformers"] = setting("", "used by this script")
-    weights: str = setting("", "used by this script")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it"
+    )
+
+    data_dir: str = setting(
+        "", "prepared bins; empty: random tokens", group="The comparison", path=True
+    )
+    n_rows: int = setting(8, "rows of val.bin that are scored", at_least=1)
+    batch_size: int = setting(8, "windows at once", at_least=1)
+    pairs: int = setting(5, "turns of each side", at_least=1)
+    json: str = setting("", "file for the figures", path=True)
+
+    worker: Literal["", "ours", "transformers"] = setting(
+        "", "which side this process is", group="Set by this program for its own processes"
+    )
+    weights: str = setting("", "file of the weights that both sides have", path=True)
 
 
 def ours(config: EvaluationConfig, ids: np.ndarray) -> Callable[[], float]:

@@ -22,7 +22,7 @@ import transformers
 import eval_ppl
 from benchmarks import alternate
 from benchmarks.alternate import Contender
-from benchmarks.compare_sampling import SHAPE, as_transformers, gpt_config
+from benchmarks.compare_sampling import SHAPE, ModelConfig, as_transformers, gpt_config
 from benchmarks.step import random_bins
 from model import GPT
 from nanosynth import settings
@@ -34,20 +34,8 @@ from nanosynth.training import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(settings.Settings):
+class EvaluationConfig(ModelConfig):
     """Tokens/s of evaluation, ours against transformers'."""
-
-    config: str = setting(
-        "", "take the shape of this config file of ours", group="The model", path=True
-    )
-    n_layer: int = setting(12, "blocks", at_least=1)
-    n_head: int = setting(12, "attention heads", at_least=1)
-    n_embd: int = setting(768, "channels", at_least=1)
-    block_size: int = setting(1024, "context, in tokens", at_least=1)
-    device: str = setting("cpu", "cpu or cuda")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it"
-    )
 
     data_dir: str = setting(
         "", "prepared bins; empty: random tokens", group="The comparison", path=True

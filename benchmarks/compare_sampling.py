@@ -33,8 +33,8 @@ TEMPERATURE, TOP_K = 0.8, 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(settings.Settings):
-    """Tokens/s of generation, ours against nanoGPT's and transformers'."""
+class ModelConfig(settings.Settings):
+    """The model that all sides of a comparison have."""
 
     config: str = setting(
         "", "take the shape of this config file of ours", group="The model", path=True
@@ -45,8 +45,13 @@ class SamplingConfig(settings.Settings):
     block_size: int = setting(1024, "context, in tokens", at_least=1)
     device: str = setting("cpu", "cpu or cuda")
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", "of weights and cache, ours and transformers'"
+        "auto", "ours and transformers'; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(ModelConfig):
+    """Tokens/s of generation, ours against nanoGPT's and transformers'."""
 
     nanogpt: str = setting(
         "",
@@ -65,7 +70,7 @@ class SamplingConfig(settings.Settings):
     weights: str = setting("", "file of the weights that all sides have", path=True)
 
 
-def gpt_config(config: SamplingConfig) -> GPTConfig:
+def gpt_config(config: ModelConfig) -> GPTConfig:
     given = settings.read_config(config.config) if config.config else vars(config)
     return GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **{name: given[name] for name in SHAPE})
 

@@ -30,10 +30,8 @@ def load(
     config = GPTConfig(**meta["identity"]["model"])
     # Text is read and written with one tokenizer, so a model that lacks some of its ids is no use.
     if config.vocab_size < tokenizer.N_IDS:
-        found = f"{path} has a vocabulary of {config.vocab_size}"
-        raise UserError(
-            f"{found}; wanted {tokenizer.N_IDS} or more: GPT-2's tokens and the chat marks"
-        )
+        wanted = f"{tokenizer.N_IDS} or more: GPT-2's tokens and the chat marks"
+        raise UserError(f"{path} has a vocabulary of {config.vocab_size}; wanted {wanted}")
     model = GPT(config)
     model.load_state_dict(checkpoint.read_model(path, meta))
     model.to(device, dtype if cast else torch.float32).eval()

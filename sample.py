@@ -8,8 +8,11 @@ Usage:
 """
 
 import codecs
+import itertools
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +23,10 @@ from nanosynth.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(settings.Settings):
-    """Generate text from a trained run."""
+    """Text from a trained run: the answer to a prompt, a conversation, or a file of answers."""
 
     run: str = setting(
-        "out/demo", "a run's folder, or one of its step folders", group="the model", path=True
+        "out/demo", "a run's folder, or one of its step folders", group="The model", path=True
     )
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -33,21 +36,31 @@ class SampleConfig(settings.Settings):
     cuda_graph: bool = setting(
         False, "launch a token's kernels as one on a GPU, which otherwise waits for each"
     )
-    prompt: str = setting("", "one prompt; its answer goes to the terminal", group="the prompts")
-    system: str = setting("", "a system turn before the prompt")
-    template: bool = setting(True, "the prompt is a user's turn; False: plain text to continue")
+
+    prompt: str = setting(
+        "", "one prompt; its answer goes to the terminal", group="What is asked: one of three"
+    )
     chat: bool = setting(False, "a conversation in the terminal")
     prompts: str = setting(
         "", "file: .txt (one a line), .jsonl (prompt, answer) or a split's .bin", path=True
     )
-    num_prompts: int = setting(0, "take the first so many of the file; 0: all", at_least=0)
+
+    template: bool = setting(
+        True, "a prompt is a user's turn; False: plain text to continue", group="How it is asked"
+    )
+    system: str = setting("", "a system turn before the prompt")
     num_samples: int = setting(1, "answers to each prompt", at_least=1)
+
+    num_prompts: int = setting(
+        0, "take the first so many; 0: all", group="A file of prompts", at_least=0
+    )
     batch_size: int = setting(64, "sequences generated together", at_least=1)
     output_dir: str = setting(
         "", "where generations.jsonl and .txt go; empty: the run's folder", path=True
     )
+
     max_new_tokens: int = setting(
-        256, "longest answer; half the context at most", group="the sampling", at_least=1
+        256, "longest answer; half the context at most", group="The sampling", at_least=1
     )
     temperature: float = setting(0.8, "0: always the likeliest token", at_least=0)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", at_least=0)
@@ -64,8 +77,6 @@ class SampleConfig(settings.Settings):
 if __name__ == "__main__":
     arguments = settings.from_argv(SampleConfig)  # before torch takes its time
 
-from tqdm import tqdm
-
 from model import GPT
 from nanosynth.data import bins
 from nanosynth.device import choose_device, choose_dtype
@@ -74,104 +85,39 @@ from nanosynth.inference import generation
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
 
-
-def load_model(config: SampleConfig) -> GPT:
-    device = choose_device(config.device)
-    if config.cuda_graph and device.type != "cuda":
-        raise UserError(f"--cuda_graph=True needs a GPU, and the device is {device}")
-    dtype = choose_dtype(config.dtype, device)
-    return load(config.run, config.step, device=device, dtype=dtype).model
+Prompt = tuple[list[int], str | None]  # ids, and the reference answer where there is one
 
 
-def sampling(config: SampleConfig) -> Sampling:
-    return Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        cuda_graph=config.cuda_graph,
-    )
-
-
-def fit(ids: list[int], model: GPT, config: SampleConfig) -> list[int]:
-    """The last tokens of a prompt, as many as leave room for the answer; says what it drops."""
-    room = sampling(config).room(model.config.block_size)
-    if len(ids) > room:
-        found = f"a prompt of {len(ids)} tokens in a context of {model.config.block_size}"
-        print(f"{found}: its first {len(ids) - room} are dropped", file=sys.stderr)
-    return ids[-room:]
-
-
-def encode_prompt(text: str, config: SampleConfig) -> list[int]:
-    if not config.template:
-        return tokenizer.encoding().encode_ordinary(text)
-    system = [("system", config.system)] if config.system else []
-    return tokenizer.prompt_ids([*system, ("user", text)])
-
-
-def stream_text(model: GPT, prompt: list[int], number: int, config: SampleConfig) -> str:
-    """Print the answer as it comes, whole characters at a time; the answer's text."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text = ""
-    for (id,) in generation.stream(model, [prompt], [number], sampling(config)):
-        piece = decoder.decode(b"" if id in tokenizer.STOP_IDS else tokenizer.token_text(id))
-        print(piece, end="", flush=True)
-        text += piece
-    print(decoder.decode(b"", final=True))
-    return text
-
-
-def converse(model: GPT, config: SampleConfig) -> None:
-    """A conversation in the terminal; the oldest turns leave when the context is full."""
-    print("an empty line ends the conversation, /new starts another")
-    system = [("system", config.system)] if config.system else []
-    room = sampling(config).room(model.config.block_size)
-    turns: list[tokenizer.Turn] = []
-    number = 0
-    while text := _read_line("you> "):
-        if text == "/new":
-            turns = []
-            continue
-        turns.append(("user", text))
-        while len(turns) > 2 and len(tokenizer.prompt_ids([*system, *turns])) > room:
-            print("(the context is full: the oldest turn is dropped)")
-            turns = turns[2:]
-        prompt = fit(tokenizer.prompt_ids([*system, *turns]), model, config)
-        turns.append(("assistant", stream_text(model, prompt, number, config)))
-        number += 1
-
-
-def _read_line(sign: str) -> str:
-    try:
-        return input(sign).strip()
-    except EOFError:
-        return ""
-
-
-def read_prompts(config: SampleConfig) -> list[tuple[list[int], str | None]]:
-    """(prompt ids, reference answer or None) of each line of a file, or each answer of a split."""
+def read_prompts(config: SampleConfig) -> list[Prompt]:
+    """The prompts of a file: one a line, or each answer of a split with all that stands before."""
     path = Path(config.prompts)
-    if not path.is_file():
-        raise UserError(f"no file {config.prompts!r}; wanted .txt, .jsonl or a split's .bin")
-    pairs: list[tuple[list[int], str | None]] = []
+    if not path.is_file() or (path.suffix == ".bin" and path.stem not in bins.SPLITS):
+        wanted = "a .txt or .jsonl file that is there, or train.bin or val.bin of prepared data"
+        config.refuse("prompts", f"wanted {wanted}")
+    prompts = list(itertools.islice(_prompts(path, config), config.num_prompts or None))
+    if not prompts:
+        raise UserError(f"{path} has no prompt")
+    return prompts
+
+
+def _prompts(path: Path, config: SampleConfig) -> Iterator[Prompt]:
     if path.suffix == ".bin":
         for ids, mask in bins.Split(str(path.parent), path.stem).documents():
             for prompt, answer in bins.prompts_and_answers(ids, mask):
-                pairs.append((prompt, tokenizer.decode(answer).removesuffix("<|im_end|>")))
-    else:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if line.strip():
-                text, answer = _read_prompt(line, path, number)
-                pairs.append((encode_prompt(text, config), answer))
-    if not pairs:
-        raise UserError(f"{path} has no prompt")
-    return pairs[: config.num_prompts or None]
+                yield prompt, tokenizer.decode(answer).removesuffix("<|im_end|>")
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            is_row = path.suffix == ".jsonl"
+            text, answer = _read_row(line, f"{path}, line {number}") if is_row else (line, None)
+            yield encode_prompt(text, config), answer
 
 
-def _read_prompt(line: str, path: Path, number: int) -> tuple[str, str | None]:
-    if path.suffix != ".jsonl":
-        return line, None
+def _read_row(line: str, place: str) -> tuple[str, str | None]:
     try:
         row = json.loads(line)
         prompt, answer = row["prompt"], row.get("answer")
@@ -180,69 +126,142 @@ def _read_prompt(line: str, path: Path, number: int) -> tuple[str, str | None]:
         return prompt, answer
     except (ValueError, KeyError, TypeError, AttributeError):
         wanted = '{"prompt": "...", "answer": "..."}, the answer as you like'
-        raise UserError(f"{path}, line {number}: wanted {wanted}") from None
+        raise UserError(f"{place}: wanted {wanted}") from None
 
 
-def answer_all(model: GPT, config: SampleConfig) -> list[dict]:
+def encode_prompt(text: str, config: SampleConfig) -> list[int]:
+    if not config.template:
+        return tokenizer.encoding().encode_ordinary(text)
+    return tokenizer.prompt_ids([*system_turn(config), ("user", text)])
+
+
+def system_turn(config: SampleConfig) -> list[tokenizer.Turn]:
+    return [("system", config.system)] if config.system else []
+
+
+def fit(ids: list[int], model: GPT, sampling: Sampling) -> list[int]:
+    """The last tokens of a prompt, as many as leave room for the answer; says what it drops."""
+    room = sampling.room(model.config.block_size)
+    if len(ids) > room:
+        found = f"a prompt of {len(ids)} tokens in a context of {model.config.block_size}"
+        print(f"{found}: its first {len(ids) - room} are dropped", file=sys.stderr)
+    return ids[-room:]
+
+
+def stream_text(model: GPT, prompt: list[int], number: int, sampling: Sampling) -> str:
+    """Print the answer as it comes, and return it.
+
+    A token may end within a character's bytes: the decoder holds them back until the rest is there.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = ""
+    for (id,) in generation.stream(model, [prompt], [number], sampling):
+        piece = decoder.decode(b"" if id in tokenizer.STOP_IDS else tokenizer.token_text(id))
+        print(piece, end="", flush=True)
+        text += piece
+    print(decoder.decode(b"", final=True))
+    return text
+
+
+def converse(model: GPT, config: SampleConfig, sampling: Sampling) -> None:
+    """A conversation in the terminal; the oldest turns leave when the context is full."""
+    print("an empty line ends the conversation, /new starts another")
+    system, room = system_turn(config), sampling.room(model.config.block_size)
+    turns: list[tokenizer.Turn] = []
+    number = 0  # of the answer: each draws anew, also to a question asked twice
+    while text := _ask("you> "):
+        if text == "/new":
+            turns = []
+            continue
+        turns.append(("user", text))
+        while len(turns) > 2 and len(tokenizer.prompt_ids([*system, *turns])) > room:
+            print("(the context is full: the oldest turn is dropped)")
+            turns = turns[2:]  # a question goes with its answer
+        prompt = fit(tokenizer.prompt_ids([*system, *turns]), model, sampling)
+        turns.append(("assistant", stream_text(model, prompt, number, sampling)))
+        number += 1
+
+
+def _ask(sign: str) -> str:
+    """A line of the terminal; empty at its end."""
+    try:
+        return input(sign).strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def answer_all(
+    model: GPT, prompts: list[Prompt], config: SampleConfig, sampling: Sampling
+) -> list[dict]:
     """A record for each sample of each prompt, in the file's order."""
-    records = []
-    for prompt, answer in read_prompts(config):
+    records, fitted = [], []
+    for ids, answer in prompts:
+        fitted += [fit(ids, model, sampling)] * config.num_samples
         for sample in range(config.num_samples):
-            record = {"prompt": tokenizer.decode(prompt), "sample": sample, "answer": answer}
-            records.append((fit(prompt, model, config), record))
-    by_length = sorted(range(len(records)), key=lambda number: len(records[number][0]))
-    for start in tqdm(range(0, len(records), config.batch_size), unit="batch", disable=None):
-        numbers = by_length[start : start + config.batch_size]
-        prompts = [records[number][0] for number in numbers]
-        continuations = generation.generate(model, prompts, numbers, sampling(config))
-        for number, ids in zip(numbers, continuations, strict=True):
-            ended = ids[-1] in tokenizer.STOP_IDS
-            record = records[number][1]
-            record["text"] = tokenizer.decode(ids[:-1] if ended else ids)
-            record["finish"] = "stop" if ended else "length"
-            record["tokens"] = len(ids)
-            if record["answer"] is not None:
-                record["exact"] = ended and record["text"] == record["answer"]
-    return [record for _, record in records]
+            records.append({"prompt": tokenizer.decode(ids), "sample": sample, "answer": answer})
+    answers = generation.answer_all(model, fitted, sampling, config.batch_size)
+    for record, (ids, ended) in zip(records, answers, strict=True):
+        record["text"] = tokenizer.decode(ids)
+        record["finish"] = "stop" if ended else "length"
+        record["tokens"] = len(ids) + ended
+        if record["answer"] is not None:  # one that was cut off is not right, whatever it says
+            record["exact"] = ended and record["text"] == record["answer"]
+    return records
 
 
-def write_generations(records: list[dict], folder: Path) -> None:
+def write_generations(records: list[dict], folder: Path) -> Path:
+    """generations.jsonl for programs, generations.txt for people; the path of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / "generations.jsonl",
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-    )
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(folder / "generations.jsonl", "".join(lines))
     pages = []
     for record in records:
-        page = (
-            f"{record['prompt']}{record['text']}\n[{record['finish']}, {record['tokens']} tokens]"
-        )
+        remark = f"[{record['finish']}, {record['tokens']} tokens]"
         if "exact" in record:
-            wanted = "exactly right" if record["exact"] else f"wanted: {record['answer']}"
-            page += f" {wanted}"
-        pages.append(page)
+            remark += " exactly right" if record["exact"] else f" wanted: {record['answer']}"
+        pages.append(f"{record['prompt']}{record['text']}\n{remark}")
     write_atomically(folder / "generations.txt", "\n\n----\n\n".join(pages) + "\n")
+    return folder / "generations.txt"
+
+
+def report(records: list[dict], config: SampleConfig, texts: Path) -> None:
+    """How many answers are right, where the texts lie, and what one may do next."""
+    is_right = [record["exact"] for record in records if "exact" in record]
+    if is_right:
+        answers = "held-out answers" if Path(config.prompts).name == "val.bin" else "answers"
+        share = sum(is_right) / len(is_right)
+        print(f"{sum(is_right):,} of {len(is_right):,} {answers} exactly right ({share:.1%})")
+    n_ended = sum(record["finish"] == "stop" for record in records)
+    print(f"{n_ended:,} of {len(records):,} answers ended by themselves; the texts: {texts}")
+    print(f"talk to it: python sample.py --run={shlex.quote(config.run)} --chat")
 
 
 def main(config: SampleConfig) -> None:
-    model = load_model(config)
+    prompts = read_prompts(config) if config.prompts else []  # a bad file is said at once
+    device = choose_device(config.device)
+    if config.cuda_graph and device.type != "cuda":
+        config.refuse("cuda_graph", f"it needs a GPU, and the device is {device}")
+    dtype = choose_dtype(config.dtype, device)
+    model, path, _ = load(config.run, config.step, device=device, dtype=dtype)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        cuda_graph=config.cuda_graph,
+    )
     if config.chat:
-        converse(model, config)
+        converse(model, config, sampling)
     elif config.prompt:
-        prompt = fit(encode_prompt(config.prompt, config), model, config)
+        prompt = fit(encode_prompt(config.prompt, config), model, sampling)
         for sample in range(config.num_samples):
-            stream_text(model, prompt, sample, config)
+            stream_text(model, prompt, sample, sampling)
     else:
-        records = answer_all(model, config)
-        run_dir = Path(config.run)
-        folder = Path(config.output_dir or (run_dir.parent if "step_" in run_dir.name else run_dir))
-        write_generations(records, folder)
-        ended = sum(record["finish"] == "stop" for record in records)
-        print(f"{len(records)} answers, {ended} ended by themselves: {folder / 'generations.txt'}")
-        scored = [record["exact"] for record in records if "exact" in record]
-        if scored:
-            share = sum(scored) / len(scored)
-            print(f"exactly right: {sum(scored)} of {len(scored)} ({share:.1%})")
+        records = answer_all(model, prompts, config, sampling)
+        texts = write_generations(records, Path(config.output_dir or path.parent))
+        report(records, config, texts)
 
 
 if __name__ == "__main__":

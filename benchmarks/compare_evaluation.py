@@ -22,7 +22,7 @@ import transformers
 import eval_ppl
 from benchmarks import alternate
 from benchmarks.alternate import Contender
-from benchmarks.compare_sampling import SHAPE, as_transformers, gpt_config
+from benchmarks.compare_sampling import SHAPE, ModelConfig, as_transformers, gpt_config
 from benchmarks.step import random_bins
 from model import GPT
 from nanosynth import settings
@@ -34,23 +34,21 @@ from nanosynth.training import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(settings.Settings):
+class EvaluationConfig(ModelConfig):
     """Tokens/s of evaluation, ours against transformers'."""
 
-    config: str = setting("", "take the shape of this config file of ours")
-    n_layer: int = setting(12, "blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "channels")
-    block_size: int = setting(1024, "context, in tokens")
-    batch_size: int = setting(8, "windows at once")
-    data_dir: str = setting("", "prepared bins; empty: random tokens")
-    n_rows: int = setting(8, "rows of val.bin that are scored")
-    dtype: str = setting("auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it")
-    device: str = setting("cpu", "cpu or cuda")
-    pairs: int = setting(5, "turns of each side")
-    json: str = setting("", "file for the figures")
-    worker: Literal["", "ours", "transformers"] = setting("", "used by this script")
-    weights: str = setting("", "used by this script")
+    data_dir: str = setting(
+        "", "prepared bins; empty: random tokens", group="The comparison", path=True
+    )
+    n_rows: int = setting(8, "rows of val.bin that are scored", at_least=1)
+    batch_size: int = setting(8, "windows at once", at_least=1)
+    pairs: int = setting(5, "turns of each side", at_least=1)
+    json: str = setting("", "file for the figures", path=True)
+
+    worker: Literal["", "ours", "transformers"] = setting(
+        "", "which side this process is", group="Set by this program for its own processes"
+    )
+    weights: str = setting("", "file of the weights that both sides have", path=True)
 
 
 def ours(config: EvaluationConfig, ids: np.ndarray) -> Callable[[], float]:

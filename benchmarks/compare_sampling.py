@@ -33,26 +33,44 @@ TEMPERATURE, TOP_K = 0.8, 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(settings.Settings):
+class ModelConfig(settings.Settings):
+    """The model that all sides of a comparison have."""
+
+    config: str = setting(
+        "", "take the shape of this config file of ours", group="The model", path=True
+    )
+    n_layer: int = setting(12, "blocks", at_least=1)
+    n_head: int = setting(12, "attention heads", at_least=1)
+    n_embd: int = setting(768, "channels", at_least=1)
+    block_size: int = setting(1024, "context, in tokens", at_least=1)
+    device: str = setting("cpu", "cpu or cuda")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto", "ours and transformers'; auto: float16 on CUDA, bfloat16 on a CPU that has it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(ModelConfig):
     """Tokens/s of generation, ours against nanoGPT's and transformers'."""
 
-    nanogpt: str = setting("", "a checkout of github.com/karpathy/nanoGPT; empty: without it")
-    config: str = setting("", "take the shape of this config file of ours")
-    n_layer: int = setting(12, "blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "channels")
-    block_size: int = setting(1024, "context, in tokens")
-    max_new_tokens: int = setting(256, "tokens of each text")
-    batch_size: int = setting(16, "texts at once, beside one at a time")
-    dtype: str = setting("auto", "of weights and cache, ours and transformers'")
-    device: str = setting("cpu", "cpu or cuda")
-    pairs: int = setting(3, "turns of each side")
-    json: str = setting("", "file for the figures")
-    worker: Literal["", "ours", "nanogpt", "transformers"] = setting("", "used by this script")
-    weights: str = setting("", "used by this script")
+    nanogpt: str = setting(
+        "",
+        "a checkout of github.com/karpathy/nanoGPT; empty: without it",
+        group="The comparison",
+        path=True,
+    )
+    max_new_tokens: int = setting(256, "tokens of each text", at_least=1)
+    batch_size: int = setting(16, "texts at once, beside one at a time", at_least=1)
+    pairs: int = setting(3, "turns of each side", at_least=1)
+    json: str = setting("", "file for the figures", path=True)
+
+    worker: Literal["", "ours", "nanogpt", "transformers"] = setting(
+        "", "which side this process is", group="Set by this program for its own processes"
+    )
+    weights: str = setting("", "file of the weights that all sides have", path=True)
 
 
-def gpt_config(config: SamplingConfig) -> GPTConfig:
+def gpt_config(config: ModelConfig) -> GPTConfig:
     given = settings.read_config(config.config) if config.config else vars(config)
     return GPTConfig(vocab_size=tokenizer.VOCAB_SIZE, **{name: given[name] for name in SHAPE})
 

@@ -101,7 +101,32 @@ def test_whole_evaluation(tiny_bins, run_dir, tmp_path, capsys):
     assert f"{plain['all']['perplexity']:,.3f}" in capsys.readouterr().out
 
 
+def result_of(loss_on: str | None) -> dict:
+    figures = {"perplexity_95": [1.0, 2.0], "bits_per_byte": 0.5, "tokens": 7}
+    return {
+        "all": {"perplexity": 73425.103, **figures},
+        "assistant": {"perplexity": 5.949, **figures},
+        **{"documents": 3, "data": "x/val.bin", "checkpoint": "out/x/step_000006"},
+        **{"block_size": 16, "stride": 16, "dtype": "float32", "loss_on": loss_on},
+    }
+
+
+@pytest.mark.parametrize("loss_on", ["all", None])  # None: weights that were brought here
+def test_the_headline_is_over_all_tokens(loss_on):
+    rows = eval_ppl.report(result_of(loss_on)).splitlines()
+    assert rows[1].split()[:3] == ["all", "tokens", "73,425.103"]
+    assert rows[2].split()[:3] == ["assistant", "tokens", "5.949"]
+
+
+def test_the_headline_is_over_what_training_had_for_targets():
+    said = eval_ppl.report(result_of("assistant"))
+    assert said.splitlines()[1].split()[:3] == ["assistant", "tokens", "5.949"]
+    assert "loss_on=assistant" in said and "73,425" not in said
+    no_answers = {k: v for k, v in result_of("assistant").items() if k != "assistant"}
+    assert "73,425.103" in eval_ppl.report(no_answers)
+
+
 def test_stride_past_the_context_is_refused(run_dir):
     config = eval_ppl.EvalConfig(run=str(run_dir), stride=17, device="cpu")
-    with pytest.raises(UserError, match="--stride=17 is more than the context, 16"):
+    with pytest.raises(UserError, match="--stride=17; wanted at most the context, 16"):
         eval_ppl.main(config)

@@ -1,4 +1,4 @@
-"""Text from a model: the next id from logits, and continuations of a batch of prompts."""
+"""Text from a model: the next id from logits, and continuations of prompts."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model import GPT, KVCache
 from nanosynth import tokenizer
 
+# A trained model's likeliest 1,024 tokens nearly always hold top_p of the probability, and are
+# found in an eighth of the time that sorting the whole vocabulary takes.
 HEAD_TOKENS = 1024
 
 
@@ -26,15 +29,18 @@ class Sampling:
     cuda_graph: bool = False  # see `_capture`
 
     def room(self, block_size: int) -> int:
-        """Tokens of a prompt that leave room for the answer, which takes half the context at
-        most.
-        """
+        """Tokens of a prompt that leave room for the answer: at least half the context."""
         return block_size - min(self.max_new_tokens, block_size // 2)
 
 
 def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """The next ids (B,) from logits (B, V); `uniforms` (B,) in [0, 1) are the only randomness."""
-    logits = logits[:, : tokenizer.N_IDS].float()
+    """The next ids (B,) from logits (B, V); `uniforms` (B,) in [0, 1) are the only randomness.
+
+    By inverse transform: the cumulative distribution is a line of stretches, one a token and as
+    long as its probability, and a uniform number falls into one of them. So an answer depends on
+    its own numbers alone; torch.multinomial draws from one generator for the whole batch.
+    """
+    logits = logits[:, : tokenizer.N_IDS].float()  # padding ids are never picked
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
@@ -45,17 +51,18 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
         probabilities, ids = _nucleus(logits, sampling.top_p)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities[before >= sampling.top_p] = 0.0  # the likeliest token always stays
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)  # its last value is what was kept, 1 or less
     thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, thresholds, right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # where rounding would go past the end
+    # A uniform just below 1 rounds to 1 in float32, which would be one past the last kept token.
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return ids.gather(1, torch.minimum(places, last)).squeeze(1)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The likeliest tokens up to at least `top_p`: probabilities and ids (B, K), sorted.
 
-    HEAD_TOKENS of them nearly always hold that much; all are sorted only where they don't.
+    HEAD_TOKENS of them if that suffices, else all.
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
     values, ids = logits.topk(HEAD_TOKENS)
@@ -63,7 +70,8 @@ def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     suffices = probabilities.sum(dim=-1, keepdim=True) >= top_p
     if suffices.all():
         return probabilities, ids
-    # A row keeps its head whatever stands beside it: two orders of equal logits are two answers.
+    # topk and sort may put equal logits in different orders, so a row whose head suffices keeps
+    # it: what it gives must not depend on the rows beside it.
     values, every_id = logits.sort(dim=-1, descending=True, stable=True)
     n_more = logits.shape[1] - HEAD_TOKENS
     head = nn.functional.pad(probabilities, (0, n_more))
@@ -87,7 +95,7 @@ def stream(
     padded = [prompt + [tokenizer.END_OF_TEXT] * (longest - len(prompt)) for prompt in prompts]
     max_new_tokens = min(sampling.max_new_tokens, model.config.block_size // 2)
     cache = model.new_cache(len(prompts), longest + max_new_tokens)
-    last = torch.arange(len(prompts)) * longest + lengths - 1
+    last = torch.arange(len(prompts)) * longest + lengths - 1  # each row's last token, in (B*T)
     logits = model(torch.tensor(padded).to(device), logit_index=last.to(device), cache=cache)
     cache.advance(lengths.to(device))
     draws = [
@@ -100,6 +108,8 @@ def stream(
         next_ids = pick(logits, uniforms[n_new - 1], sampling)
         values = next_ids.tolist()
         yield [None if done else id for id, done in zip(values, finished, strict=True)]
+        # <|im_end|> ends an answer, <|endoftext|> a plain text. A finished row goes on, unread,
+        # until the longest is done.
         finished = [
             done or id in tokenizer.STOP_IDS for id, done in zip(values, finished, strict=True)
         ]
@@ -118,20 +128,17 @@ def _step(model: GPT, cache: KVCache, ids: Tensor) -> Tensor:
 def _capture(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """`_step` as one CUDA graph: a token's hundreds of small kernels are launched at once.
 
-    The shapes must stay, so it attends over the whole cache. The logits are overwritten by the
-    next call.
+    A graph's shapes are fixed, so it attends over the whole cache, and each call overwrites the
+    logits of the one before.
     """
     cache.fix()
     ids = torch.zeros_like(cache.lengths)
     lengths, end = cache.lengths.clone(), cache.end
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
-        _step(model, cache, ids)
-        cache.lengths.copy_(lengths)
-    torch.cuda.current_stream().wait_stream(side)
+    _step(model, cache, ids)  # kernels are loaded and libraries set up outside of the capture
+    cache.lengths.copy_(lengths)
     cache.end = end
-    with torch.cuda.graph(graph):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, and computes nothing
         logits = _step(model, cache, ids)
 
     def replay(next_ids: Tensor) -> Tensor:
@@ -152,3 +159,22 @@ def generate(
             if id is not None:
                 continuation.append(id)
     return continuations
+
+
+def answer_all(
+    model: GPT, prompts: list[list[int]], sampling: Sampling, batch_size: int
+) -> list[tuple[list[int], bool]]:
+    """(ids without the stop id, whether one came) of each prompt's answer, in the prompts' order.
+
+    Answer n is number n of the seed, in whichever batch it is made.
+    """
+    answers: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, unit="batch", disable=None, desc="generate"):
+        numbers = by_length[start : start + batch_size]  # like lengths: little padding
+        batch = [prompts[number] for number in numbers]
+        for number, ids in zip(numbers, generate(model, batch, numbers, sampling), strict=True):
+            ended = ids[-1] in tokenizer.STOP_IDS
+            answers[number] = (ids[:-1] if ended else ids, ended)
+    return answers

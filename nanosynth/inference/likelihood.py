@@ -29,15 +29,15 @@ def fit(pair: Pair, block_size: int) -> Pair:
 def batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
     """The pairs' numbers, longest first, at most `batch_size` and MAX_TARGETS tokens together."""
     order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     n_targets = 0
     for number in order:
         n_targets += len(pairs[number][1])
-        if not found or len(found[-1]) == batch_size or n_targets > MAX_TARGETS:
-            found.append([])
+        if not groups or len(groups[-1]) == batch_size or n_targets > MAX_TARGETS:
+            groups.append([])
             n_targets = len(pairs[number][1])
-        found[-1].append(number)
-    return found
+        groups[-1].append(number)
+    return groups
 
 
 @torch.inference_mode()
@@ -46,28 +46,35 @@ def score(model: GPT, pairs: Sequence[Pair], batch_size: int) -> list[tuple[floa
 
     Longest first, so that a batch that does not fit in memory is the first one.
     """
-    device = next(model.parameters()).device
     fitted = [fit(pair, model.config.block_size) for pair in pairs]
     results: list[tuple[float, bool]] = [(0.0, False)] * len(fitted)
     work = batches(fitted, batch_size)
     for numbers in tqdm(work, unit="batch", disable=None, desc="score"):
-        width = max(len(fitted[n][0]) + len(fitted[n][1]) for n in numbers) - 1
-        inputs = np.full((len(numbers), width), tokenizer.END_OF_TEXT, dtype=np.int64)
-        index: list[int] = []
-        for row, number in enumerate(numbers):
-            context, continuation = fitted[number]
-            ids = context + continuation
-            inputs[row, : len(ids) - 1] = ids[:-1]  # padding stands on the right: never attended to
-            index += range(row * width + len(context) - 1, row * width + len(ids) - 1)
-        targets = torch.tensor([id for n in numbers for id in fitted[n][1]]).to(device)
-        places = torch.tensor(index).to(device)
-        logits = model(torch.from_numpy(inputs).to(device), logit_index=places).float()
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        right = (logits.argmax(dim=-1) == targets).tolist()
-        losses = losses.double().tolist()
-        place = 0
-        for number in numbers:
-            stop = place + len(fitted[number][1])
-            results[number] = (-sum(losses[place:stop]), all(right[place:stop]))
-            place = stop
+        batch = _score_batch(model, [fitted[number] for number in numbers])
+        for number, result in zip(numbers, batch, strict=True):
+            results[number] = result
     return results
+
+
+def _score_batch(model: GPT, pairs: list[Pair]) -> list[tuple[float, bool]]:
+    device = next(model.parameters()).device
+    width = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+    inputs = np.full((len(pairs), width), tokenizer.END_OF_TEXT, dtype=np.int64)  # (B, T)
+    index: list[int] = []
+    for row, (context, continuation) in enumerate(pairs):
+        ids = context + continuation
+        inputs[row, : len(ids) - 1] = ids[:-1]  # padding stands on the right: never attended to
+        # A token is predicted at the place before it.
+        index += range(row * width + len(context) - 1, row * width + len(ids) - 1)
+    targets = torch.tensor([id for _, continuation in pairs for id in continuation]).to(device)
+    places = torch.tensor(index).to(device)
+    logits = model(torch.from_numpy(inputs).to(device), logit_index=places).float()  # (N, V)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+    is_right = logits.argmax(dim=-1) == targets
+    lengths = [len(continuation) for _, continuation in pairs]
+    return [
+        (-nats.sum().item(), bool(right.all()))
+        for nats, right in zip(
+            losses.cpu().split(lengths), is_right.cpu().split(lengths), strict=True
+        )
+    ]

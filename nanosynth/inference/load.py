@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint
+from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.inference.cpu import speed_up_inference
 
 
@@ -27,7 +27,12 @@ def load(
     """
     path = checkpoint.find(run, step)
     meta = checkpoint.read_meta(path)
-    model = GPT(GPTConfig(**meta["identity"]["model"]))
+    config = GPTConfig(**meta["identity"]["model"])
+    # Text is read and written with one tokenizer, so a model that lacks some of its ids is no use.
+    if config.vocab_size < tokenizer.N_IDS:
+        wanted = f"{tokenizer.N_IDS} or more: GPT-2's tokens and the chat marks"
+        raise UserError(f"{path} has a vocabulary of {config.vocab_size}; wanted {wanted}")
+    model = GPT(config)
     model.load_state_dict(checkpoint.read_model(path, meta))
     model.to(device, dtype if cast else torch.float32).eval()
     speed_up_inference(model, dtype)

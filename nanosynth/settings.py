@@ -118,7 +118,10 @@ def one_line_errors() -> Iterator[None]:
 def program() -> str:
     """What follows `python` to run this program: 'train.py' or '-m verdict'."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # None of a script, not of a module
-    return f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+    if spec:
+        return f"-m {spec.name.removesuffix('.__main__')}"
+    script = Path(sys.argv[0])
+    return script.name if script.is_absolute() else str(script)
 
 
 def command_line() -> str:

@@ -14,7 +14,7 @@ WINGS = ("nanosynth.data", "nanosynth.training", "nanosynth.inference")
 FLOORS = (("model",), ("nanosynth",), WINGS, SCRIPTS, ("convert",), ("verdict",), ("benchmarks",))
 LIGHT = (
     *("settings", "files", "table", "tokenizer", "data.sources", "data.conversations"),
-    *("data.splits", "data.ngrams", "data.stats"),
+    *("data.splits", "data.ngrams"),
 )
 
 

@@ -10,7 +10,8 @@
 #SBATCH --requeue
 
 # 300 s before the limit Slurm sends SIGUSR1: torchrun hands it on, all ranks save and exit 0. The
-# requeued job runs the same command and goes on from there.
+# requeued job runs the same command and goes on from there. torch 2.11's torchrun has no
+# --shutdown-timeout: leave it out there.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 \
   --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" \

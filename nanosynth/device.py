@@ -47,8 +47,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device={name}; wanted auto, cpu, cuda or cuda:N") from None
-    if device.type != "cuda":
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device={name}; wanted auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
         return device
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():

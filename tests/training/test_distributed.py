@@ -1,4 +1,6 @@
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -6,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from nanosynth import checkpoint
 from nanosynth.training import distributed
@@ -86,6 +89,22 @@ def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path):
     assert 2 <= stopped_at < 2000 and f"stopped by a signal at step {stopped_at}" in said
     checkpoint.verify(checkpoint.folder(out_dir, stopped_at))
     assert len(losses(read_metrics(out_dir))) == stopped_at
+
+
+def torchrun_lines(path) -> list[list[str]]:
+    """What follows torchrun in each command of a file."""
+    text = re.sub(r"\\\n", " ", path.read_text())
+    lines = [line for line in text.splitlines() if re.match(r"(srun )?(\S+/)?torchrun ", line)]
+    return [shlex.split(line.split("torchrun ", 1)[1], comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/speed.md", "config/slurm.sh"])
+def test_torchrun_takes_the_commands_that_we_print(name):
+    lines = torchrun_lines(REPO / name)
+    assert lines
+    for line in lines:
+        found = get_args_parser().parse_args([part.replace("$SLURM_NNODES", "2") for part in line])
+        assert found.training_script.endswith(".py") and found.nproc_per_node == "8"
 
 
 def test_a_signal_sent_twice_at_once_is_one_request():

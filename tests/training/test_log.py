@@ -5,49 +5,8 @@ import time
 import pytest
 import torch
 
-from nanosynth.device import PEAK_FLOPS_16BIT, memory_gb, model_flops_utilisation, peak_flops
 from nanosynth.training.log import Console, MetricsFile, RunLog
 from tiny import CPU
-
-
-@pytest.mark.parametrize(
-    ("name", "tera"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA A10", 125),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("Tesla T4", 65),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("cpu", None),
-        ("NVIDIA H20", None),
-        ("Quadro RTX 6000", None),
-    ],
-)
-def test_peak_flops(name, tera):
-    wanted = None if tera is None else tera * 1e12
-    assert peak_flops(name, torch.float16) == wanted
-    assert peak_flops(name, torch.bfloat16) == wanted
-    assert peak_flops(name, torch.float32) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [("NVIDIA L40", "L4"), ("NVIDIA RTX A1000", "A100"), ("NVIDIA T400 4GB", "T4")],
-)
-def test_a_device_does_not_take_anothers_peak(name, other):
-    assert peak_flops(name, torch.float16) != PEAK_FLOPS_16BIT[other]
-
-
-def test_mfu_by_hand():
-    # 8 GPUs of 989 TFLOP/s at 3,956 TFLOP/s together are half used.
-    assert model_flops_utilisation(3956e12, 8, 989e12) == pytest.approx(0.5)
-    assert model_flops_utilisation(1e12, 1, None) is None
 
 
 def run_log(outputs=None, peak: float | None = 1e15) -> RunLog:
@@ -134,7 +93,3 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     path.write_text("old\n")
     MetricsFile(path, 0).close()
     assert path.read_text() == ""
-
-
-def test_memory_is_counted():
-    assert 0.05 < memory_gb(CPU) < 100

@@ -23,10 +23,14 @@ from nanosynth.settings import setting
 class HFConfig(settings.Settings):
     """A run to Hugging Face's GPT-2 format (--run), or from it (--source)."""
 
-    run: str = setting("", "a run's folder, or one of its step folders", group="Out", path=True)
+    run: str = setting(
+        "", "a run's folder, or one of its step folders", group="Out: a run to export", path=True
+    )
     step: str = setting("best", "which checkpoint of it: best, latest or a step's number")
-    source: str = setting("", "a folder with config.json and weights", group="In", path=True)
-    to: str = setting("", "a new or empty folder", group="What is written", path=True)
+    source: str = setting(
+        "", "a folder with config.json and weights", group="In: a GPT-2 to make a run of", path=True
+    )
+    to: str = setting("", "a new or empty folder", group="Either way", path=True)
 
     def check(self) -> None:
         if bool(self.run) == bool(self.source):
@@ -164,7 +168,7 @@ def read_config(path: Path) -> GPT2Config:
     try:
         config = GPT2Config(**read)
     except Exception as error:  # a value of a wrong type; the class is huggingface_hub's
-        raise UserError(f"{path} is refused by transformers: {one_line(error)}") from None
+        raise UserError(f"{path} is refused by transformers: {one_line(str(error))}") from None
     for name, values in {**OURS, "n_inner": (None, 4 * config.n_embd)}.items():
         if (value := getattr(config, name)) not in values:
             either = " or ".join(map(repr, values))
@@ -181,15 +185,14 @@ def read_config(path: Path) -> GPT2Config:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's tensors: safetensors, whole or in shards, else a pickle."""
-    first = next((name for name in (WEIGHTS, INDEX, PICKLE) if (folder / name).is_file()), None)
-    if not first:
+    names = [name for name in (WEIGHTS, INDEX, PICKLE) if (folder / name).is_file()][:1]
+    if not names:
         raise UserError(f"no weights in {str(folder)!r}; wanted {WEIGHTS}, {INDEX} or {PICKLE}")
-    if first != INDEX:
-        return [folder / first]
-    places = read_json(folder / INDEX).get("weight_map")
-    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{folder / INDEX} names no files of its folder (weight_map)")
+    if names == [INDEX]:
+        places = read_json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{folder / INDEX} names no files of its folder (weight_map)")
     return [folder / name for name in names]
 
 
@@ -200,7 +203,9 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
         try:
             tensors |= load_state_dict(file, weights_only=True)
         except Exception as error:  # of many classes, each library has its own
-            raise UserError(f"{file} cannot be read: {one_line(error)}") from None
+            reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
+            wrong = one_line(f"{type(error).__name__}: {reason}")
+            raise UserError(f"{file} cannot be read: {wrong}") from None
     return tensors
 
 
@@ -217,17 +222,17 @@ def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
-            raise UserError(f"{name} is of {tensor.dtype}; wanted one of {DTYPES}")
+            raise UserError(f"--source has {name} in {tensor.dtype}; wanted one of {DTYPES}")
     tensors.setdefault(HEAD, tensors.get(WTE))
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # its text says which are absent, too many or of another shape
-        reason = one_line(str(error).partition(":")[2])
-        raise UserError(f"not the tensors that config.json describes: {reason}") from None
+        wrong = one_line(str(error).partition(":")[2])
+        raise UserError(f"--source has not the tensors of its config.json: {wrong}") from None
     if not torch.equal(tensors[HEAD], tensors[WTE]):
-        raise UserError(f"{HEAD} differs from {WTE}; our GPT-2 ties the two")
+        raise UserError(f"--source has {HEAD} apart from {WTE}; our GPT-2 ties the two")
     ours = swap_layout({name: tensor.float() for name, tensor in model.state_dict().items()})
     ours[WTE] = ours[HEAD] = add_rows(ours[WTE], tokenizer.VOCAB_SIZE)
     return ours
@@ -244,8 +249,8 @@ def add_rows(embedding: Tensor, n_rows: int) -> Tensor:
     return torch.cat([embedding, mean.expand(n_rows - len(embedding), -1)])
 
 
-def one_line(error: object) -> str:
-    return textwrap.shorten(str(error) or repr(error), 300, placeholder=" ...")
+def one_line(text: str) -> str:
+    return textwrap.shorten(text, 300, placeholder=" ...")
 
 
 def main(config: HFConfig) -> None:

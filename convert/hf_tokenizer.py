@@ -98,15 +98,15 @@ def check(folder: Path) -> str:
     wanted = ours.get_vocab()
     absent = wanted.keys() - found.keys() - {END_OF_TEXT, IM_START, IM_END}
     if wrong := [token for token in found if found[token] != wanted.get(token)] or sorted(absent):
-        what = f"{wrong[0]!r} is id {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
-        raise UserError(f"{path} is not GPT-2's tokenizer: {what} (and {len(wrong) - 1:,} others)")
-    if theirs and _bpe(theirs).get("merges") != _bpe(ours)["merges"]:
+        first = f"{wrong[0]!r} is id {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
+        raise UserError(f"{path} is not GPT-2's tokenizer in {len(wrong):,} tokens: {first}")
+    if theirs and _merges_of(theirs) != _merges_of(ours):
         raise UserError(f"{path} has other merges than GPT-2's; wanted GPT-2's tokenizer")
     return path.name
 
 
-def _bpe(built: Tokenizer) -> dict:
-    return json.loads(built.to_str())["model"]
+def _merges_of(bpe: Tokenizer) -> list | None:
+    return json.loads(bpe.to_str())["model"].get("merges")
 
 
 def read_json(path: Path) -> dict:

@@ -429,8 +429,8 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
         ({"n_embd": "16"}, r"'n_embd' expected int, got str \(value: '16'\)"),
         ({"resid_pdrop": 1.0}, "resid_pdrop=1.0; wanted .* below 1"),
         ({"vocab_size": 32000}, "vocab_size=32000; our GPT-2 has 50257 or 50304"),
-        ({"n_layer": 3}, "config.json describes: Missing key.*transformer.h.2.ln_1.weight"),
-        ({"n_layer": 1}, "config.json describes: Unexpected key.*transformer.h.1.ln_1.weight"),
+        ({"n_layer": 3}, "of its config.json: Missing key.*transformer.h.2.ln_1.weight"),
+        ({"n_layer": 1}, "of its config.json: Unexpected key.*transformer.h.1.ln_1.weight"),
         ({"n_positions": 32}, r"mismatch for transformer.wpe.weight: .*\[16, 16\].*\[32, 16\]"),
         ({"vocab_size": 50304}, r"mismatch for .*wte.weight: .*\[50257, 16\].*\[50304, 16\]"),
     ],
@@ -448,9 +448,11 @@ def test_tensors_that_are_not_gpt2s_are_refused(source, tmp_path):
     changed = {
         "checkpoint, the shape in current": {name: tensors[name].t().contiguous()},
         "with shape torch.Size([1, 16, 64])": {name: tensors[name][None].clone()},
-        "is of torch.int8; wanted one of (torch.float32": {name: tensors[name].to(torch.int8)},
-        "is of torch.float64; wanted one of": {name: tensors[name].double()},
-        "lm_head.weight differs from transformer.wte": {"lm_head.weight": tensors[WTE] + 1},
+        "c_fc.weight in torch.int8; wanted one of (torch.float32": {
+            name: tensors[name].to(torch.int8)
+        },
+        "c_fc.weight in torch.float64; wanted one of": {name: tensors[name].double()},
+        "lm_head.weight apart from transformer.wte": {"lm_head.weight": tensors[WTE] + 1},
         'Unexpected key(s) in state_dict: "h.0.lora_A"': {"h.0.lora_A": torch.ones(2)},
         'Unexpected key(s) in state_dict: "wte.weight"': {"wte.weight": tensors[WTE].clone()},
         'state_dict: "transformer.h.7.attn.c_attn.bias"': {
@@ -488,18 +490,20 @@ def test_unreadable_weights_are_refused_with_one_line(source, tmp_path):
     weights.unlink()
     assert "no weights in" in refused(folder)
     torch.save({"wte.weight": Payload(tmp_path / "touched")}, folder / PICKLE)
-    assert "pytorch_model.bin cannot be read: Weights only load failed" in refused(folder)
+    assert "pytorch_model.bin cannot be read: UnpicklingError: Weights only load failed" in refused(
+        folder
+    )
     assert not (tmp_path / "touched").exists()
     torch.save([1, 2], folder / PICKLE)
     assert "pytorch_model.bin cannot be read: " in refused(folder)
     torch.save({"wte.weight": "words", 7: torch.ones(2)}, folder / PICKLE)
-    assert "not the tensors that config.json describes: Missing key" in refused(folder)
+    assert "has not the tensors of its config.json: Missing key" in refused(folder)
     (folder / PICKLE).write_bytes(b"")
     assert "pytorch_model.bin cannot be read" in refused(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../x.safetensors"}}))
     assert "names no files of its folder" in refused(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "x.safetensors"}}))
-    assert "x.safetensors cannot be read: No such file" in refused(folder)
+    assert "x.safetensors cannot be read: FileNotFoundError" in refused(folder)
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(folder)
     (folder / "config.json").unlink()
@@ -521,9 +525,9 @@ def test_the_source_tokenizer_is_checked(exported, tmp_path):
     ours = json.loads((exported.folder / "tokenizer.json").read_text())
     model, vocabulary = ours["model"], ours["model"]["vocab"]
     assert check("vocab.json", vocabulary) == "vocab.json"
-    with pytest.raises(UserError, match=r"'world' is id 8, wanted 6894 \(and 1 others\)"):
+    with pytest.raises(UserError, match="in 2 tokens: .* is id [78], wanted"):
         check("vocab.json", vocabulary | {"world": 8, "Hello": 7})
-    with pytest.raises(UserError, match=r"is id None, wanted .* \(and 50,254 others\)"):
+    with pytest.raises(UserError, match="in 50,255 tokens: .* is id None, wanted"):
         check("vocab.json", {"!": 0, "<|endoftext|>": chat.END_OF_TEXT})
     spelt = [" ".join(pair) for pair in model["merges"]]  # as older files have them
     assert check("tokenizer.json", ours | {"model": model | {"merges": spelt}}) == "tokenizer.json"

@@ -23,14 +23,10 @@ from nanosynth.settings import setting
 class HFConfig(settings.Settings):
     """A run to Hugging Face's GPT-2 format (--run), or from it (--source)."""
 
-    run: str = setting(
-        "", "a run's folder, or one of its step folders", group="Out: a run to export", path=True
-    )
+    run: str = setting("", "a run's folder, or a step's in it", group="A run to export", path=True)
     step: str = setting("best", "which checkpoint of it: best, latest or a step's number")
-    source: str = setting(
-        "", "a folder with config.json and weights", group="In: a GPT-2 to make a run of", path=True
-    )
-    to: str = setting("", "a new or empty folder", group="Either way", path=True)
+    source: str = setting("", "with config.json and weights", group="A GPT-2 to bring", path=True)
+    to: str = setting("", "a new or empty folder", group="What is written", path=True)
 
     def check(self) -> None:
         if bool(self.run) == bool(self.source):
@@ -56,6 +52,9 @@ from convert import hf_tokenizer
 from convert.hf_tokenizer import read_json
 from nanosynth import checkpoint, tokenizer
 from nanosynth.files import new_folder
+
+transformers.logging.set_verbosity_error()  # what is wrong is said here, in one line
+transformers.logging.disable_progress_bar()
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -93,14 +92,14 @@ def export_run(run: str, step: str, folder: Path) -> str:
 
 def to_hf(shape: dict, tensors: dict[str, Tensor]) -> GPT2LMHeadModel:
     """transformers' GPT-2 of our tensors; zeros stand for absent biases, they add nothing."""
+    ids = dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
     config = GPT2Config(
         **{name: shape[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
         n_positions=shape["block_size"],
         n_ctx=shape["block_size"],  # llama.cpp's converter reads this one
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"]),
-        bos_token_id=tokenizer.END_OF_TEXT,
         eos_token_id=tokenizer.IM_END,
-        pad_token_id=tokenizer.END_OF_TEXT,
+        **ids,
     )
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
@@ -109,10 +108,9 @@ def to_hf(shape: dict, tensors: dict[str, Tensor]) -> GPT2LMHeadModel:
     model.load_state_dict(zeros | swap_layout(tensors), assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.END_OF_TEXT,
         eos_token_id=list(tokenizer.STOP_IDS),
-        pad_token_id=tokenizer.END_OF_TEXT,
         suppress_tokens=list(range(tokenizer.N_IDS, tokenizer.VOCAB_SIZE)),  # rows of no token
+        **ids,
     )
     return model
 
@@ -176,9 +174,7 @@ def read_config(path: Path) -> GPT2Config:
     *numbers, dropout = (getattr(config, name) for name in sizes)
     if min(numbers) < 1 or config.n_embd % config.n_head or not 0 <= dropout < 1:
         found = ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
-        wanted = (
-            "1 or more of each, n_embd divisible by n_head, and a dropout of 0 or more, below 1"
-        )
+        wanted = "1 or more of each, n_embd divisible by n_head, a dropout of 0 or more, below 1"
         raise UserError(f"{path} has {found}; wanted {wanted}")
     return config
 
@@ -254,8 +250,6 @@ def one_line(text: str) -> str:
 
 
 def main(config: HFConfig) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         with new_folder(Path(os.path.abspath(config.to))) as folder:
             if config.run:

@@ -12,8 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from nanosynth import UserError, tokenizer
 
-SPECIAL_IDS = (tokenizer.END_OF_TEXT, tokenizer.IM_START, tokenizer.IM_END)
-END_OF_TEXT, IM_START, IM_END = (tokenizer.decode([id]) for id in SPECIAL_IDS)
+END_OF_TEXT, IM_START, IM_END = (
+    tokenizer.decode([id]) for id in (tokenizer.END_OF_TEXT, tokenizer.IM_START, tokenizer.IM_END)
+)
 # Equal to tokenizer.prompt_ids where a prompt is asked for, else to tokenizer.encode_conversations.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -267,6 +267,7 @@ def test_what_vllm_and_llama_cpps_converter_read(exported):
     by_text = {token["content"]: token["id"] for token in added}
     for kind in ("bos", "eos", "pad"):
         assert by_text[described[f"{kind}_token"]] == config[f"{kind}_token_id"]
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
     assert described["add_bos_token"] is False and "<|im_start|>" in described["chat_template"]
     # vLLM ends an answer at these ids.
     generation_config = json.loads((exported.folder / "generation_config.json").read_text())

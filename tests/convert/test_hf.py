@@ -1,10 +1,11 @@
 """Both ways against transformers, and what vLLM and llama.cpp's converter ask of a folder."""
 
-import ast
 import hashlib
+import importlib.util
 import json
 import math
 import shutil
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,14 @@ import transformers
 
 import eval_ppl
 import sample
-import train
-from convert import tokenizer as hf_tokenizer
-from convert.hf import ExportConfig, main
-from convert.tensors import INDEX, PICKLE, WEIGHTS, WTE, add_rows, weight_files
+from convert import hf, hf_tokenizer
+from convert.hf import INDEX, PICKLE, WEIGHTS, WTE, HFConfig, add_rows
 from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, files
 from nanosynth import tokenizer as chat
 from nanosynth.data import bins
 from nanosynth.inference import generation
-from tiny import REPO, RUN, random_ids, tiny_model, train_run
+from tiny import command, random_ids, tiny_model, train_run
 
 UNKNOWN = dict.fromkeys(("seed", "rows_per_step", "loss_on", "optimizer", "data_sha256"))
 NASTY = [
@@ -55,6 +54,16 @@ NASTY = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_network():
+    def connect(*arguments):
+        raise AssertionError(f"a connection to {arguments[1:]}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        yield
+
+
 def save_run(model: GPT, run_dir: Path) -> Path:
     run_dir.mkdir(parents=True)
     meta = {"identity": {"model": asdict(model.config), **UNKNOWN}, "settings": {"data_dir": ""}}
@@ -74,7 +83,7 @@ def random_model(**changes) -> GPT:
 
 
 def convert(**flags) -> Path:
-    main(ExportConfig(**{name: str(flags[name]) for name in flags}))
+    hf.main(HFConfig(**{name: str(flags[name]) for name in flags}))
     return Path(flags["to"])
 
 
@@ -141,8 +150,8 @@ def test_generate_gives_our_greedy_tokens(exported, favourite):
                 model.transformer.wte.weight[:, 0] = 0
                 model.transformer.wte.weight[favourite, 0] = 1
                 model.transformer.ln_f.bias[0] = 100
-    greedy = {"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 8}
-    wanted = generation.generate(ours, prompts, [0, 1, 2], **greedy)
+    greedy = generation.Sampling(max_new_tokens=8, temperature=0.0)
+    wanted = generation.generate(ours, prompts, [0, 1, 2], greedy)
     batch = exported.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     found = theirs.generate(**batch, max_new_tokens=8, do_sample=False)
     for ids, row in zip(wanted, found[:, 7:].tolist(), strict=True):
@@ -198,21 +207,22 @@ def test_two_limits_of_their_tokenizer(exported):
     assert chat.encoding().encode_ordinary("user\n\n\nHi") == [7220, 628, 198, 17250]
 
 
-def test_vocabulary_and_merges_are_those_of_openai():
+def test_vocabulary_and_merges_are_those_of_openai(exported):
     """The hashes are those that tiktoken expects of OpenAI's encoder.json and vocab.bpe."""
-    vocabulary = json.dumps(hf_tokenizer.vocabulary())
-    found = hashlib.sha256(vocabulary.encode()).hexdigest()
-    assert found == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-    merges = "\n".join(["#version: 0.2", *hf_tokenizer.merges(), ""])
-    found = hashlib.sha256(merges.encode()).hexdigest()
-    assert found == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    model = json.loads((exported.folder / "tokenizer.json").read_text())["model"]
+    vocabulary = json.dumps(model["vocab"])
+    digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+    assert digest == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    merges = "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""])
+    digest = hashlib.sha256(merges.encode()).hexdigest()
+    assert digest == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 @torch.no_grad()
 def test_perplexity_by_transformers_is_eval_ppls(exported, tiny_bins, tmp_path):
     run_dir = shutil.copytree(exported.run_dir, tmp_path / "run")
     eval_ppl.main(
-        eval_ppl.EvalConfig(run=str(run_dir), data_dir=tiny_bins, dtype="float32", device="cpu"), {}
+        eval_ppl.EvalConfig(run=str(run_dir), data_dir=tiny_bins, dtype="float32", device="cpu")
     )
     ours = json.loads((run_dir / "eval_ppl.json").read_text())["all"]
     split = bins.Split(tiny_bins, "val")
@@ -243,7 +253,7 @@ def test_what_vllm_and_llama_cpps_converter_read(exported):
     del wanted["lm_head.weight"]
     assert shapes == wanted
     assert shapes["transformer.wte.weight"] == [config["vocab_size"], 16] == [chat.VOCAB_SIZE, 16]
-    # The converter's vocabulary: ids without a gap, none past the rows; merges as 'LEFT RIGHT'.
+    # The converter's vocabulary: ids without a gap, none past the rows; merges as pairs.
     content = json.loads((exported.folder / "tokenizer.json").read_text())
     model, added = content["model"], content["added_tokens"]
     ids = [*model["vocab"].values(), *(token["id"] for token in added)]
@@ -251,12 +261,13 @@ def test_what_vllm_and_llama_cpps_converter_read(exported):
     assert all(token["special"] and not token["normalized"] for token in added)
     assert (model["type"], content["decoder"]["type"]) == ("BPE", "ByteLevel")
     assert not model["byte_fallback"] and not model["ignore_merges"]
-    assert all(merge.count(" ") == 1 for merge in model["merges"])
+    assert all(len(merge) == 2 for merge in model["merges"])
     # It finds special ids by their text among the added tokens, the first found counts.
     described = json.loads((exported.folder / "tokenizer_config.json").read_text())
     by_text = {token["content"]: token["id"] for token in added}
     for kind in ("bos", "eos", "pad"):
         assert by_text[described[f"{kind}_token"]] == config[f"{kind}_token_id"]
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
     assert described["add_bos_token"] is False and "<|im_start|>" in described["chat_template"]
     # vLLM ends an answer at these ids.
     generation_config = json.loads((exported.folder / "generation_config.json").read_text())
@@ -344,7 +355,7 @@ def test_every_layout_of_the_same_weights_makes_the_same_run(source, tmp_path):
     head = {**tensors, "lm_head.weight": tensors[WTE].clone()}
     write_source(tmp_path / "head", head)
     source.model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
-    assert len(weight_files(tmp_path / "shards")) > 1
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     pickled = write_source(tmp_path / "pickled", tensors)
     torch.save(tensors, pickled / PICKLE)
     (pickled / WEIGHTS).unlink()
@@ -395,12 +406,9 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
     assert model_bytes(tmp_path / "trained") == model_bytes(run_dir)
     with pytest.raises(UserError, match="another shape; its settings are --block_size=16$"):
         train_run(tiny_bins, tmp_path / "longer", **{**still, "block_size": 8})
+    identity = checkpoint.read_meta(run_dir / "step_000000")["identity"] | {"seed": 42}
     with pytest.raises(UserError, match="made with seed=None, this run has 42.*--init_from"):
-        train.find_start(
-            train.TrainConfig(**{**RUN, "out_dir": str(run_dir)}),
-            SimpleNamespace(is_main=True, from_main=lambda value: value),
-            checkpoint.read_meta(run_dir / "step_000000")["identity"] | {"seed": 42},
-        )
+        checkpoint.find_start(run_dir, "auto", identity)
 
 
 @pytest.mark.parametrize(
@@ -414,15 +422,18 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
-        ({"n_inner": 32}, "n_inner=32; our GPT-2 has 4 . n_embd = 64"),
-        ({"n_head": 3}, "n_head=3, which does not divide n_embd=16"),
-        ({"n_layer": None}, "n_layer=None; wanted a number of 1 or more"),
-        ({"n_embd": "16"}, "n_embd='16'"),
-        ({"vocab_size": 32000}, r"vocab_size=32000; wanted 50257 \(GPT-2\) or 50304 \(ours\)"),
-        ({"n_layer": 3}, "not GPT-2's tensors for this config.json: they lack transformer.h.2"),
-        ({"n_layer": 1}, "they have besides transformer.h.1.attn.c_attn.bias"),
-        ({"n_positions": 32}, r"transformer.wpe.weight is of shape \[16, 16\]; wanted \[32, 16\]"),
-        ({"vocab_size": 50304}, r"wte.weight is of shape \[50257, 16\]; wanted \[50304, 16\]"),
+        ({"n_inner": 32}, "n_inner=32; our GPT-2 has None or 64"),
+        ({"n_head": 3}, "n_head=3, n_embd=16.*; wanted .* n_embd divisible by n_head"),
+        ({"n_layer": None}, "'n_layer' expected int, got NoneType"),
+        ({"n_layer": True}, "'n_layer' expected int, got bool"),
+        ({"n_layer": 0}, "n_layer=0, .*; wanted 1 or more of each"),
+        ({"n_embd": "16"}, r"'n_embd' expected int, got str \(value: '16'\)"),
+        ({"resid_pdrop": 1.0}, "resid_pdrop=1.0; wanted .* below 1"),
+        ({"vocab_size": 32000}, "vocab_size=32000; our GPT-2 has 50257 or 50304"),
+        ({"n_layer": 3}, "of its config.json: Missing key.*transformer.h.2.ln_1.weight"),
+        ({"n_layer": 1}, "of its config.json: Unexpected key.*transformer.h.1.ln_1.weight"),
+        ({"n_positions": 32}, r"mismatch for transformer.wpe.weight: .*\[16, 16\].*\[32, 16\]"),
+        ({"vocab_size": 50304}, r"mismatch for .*wte.weight: .*\[50257, 16\].*\[50304, 16\]"),
     ],
 )
 def test_a_model_that_is_not_gpt2_is_refused(source, tmp_path, changes, wanted):
@@ -436,12 +447,18 @@ def test_tensors_that_are_not_gpt2s_are_refused(source, tmp_path):
     tensors = tensors_of(source)
     name = "transformer.h.0.mlp.c_fc.weight"
     changed = {
-        "is of shape [64, 16]; wanted [16, 64]": {name: tensors[name].t().contiguous()},
-        "is of shape [1, 16, 64]; wanted [16, 64]": {name: tensors[name][None].clone()},
-        "is of torch.int8; wanted float32": {name: tensors[name].to(torch.int8)},
-        "lm_head.weight differs from wte.weight": {"lm_head.weight": tensors[WTE] + 1},
-        "they have besides transformer.h.0.lora_A": {"h.0.lora_A": torch.ones(2)},
-        "is there twice": {"wte.weight": tensors[WTE].clone()},
+        "checkpoint, the shape in current": {name: tensors[name].t().contiguous()},
+        "with shape torch.Size([1, 16, 64])": {name: tensors[name][None].clone()},
+        "c_fc.weight in torch.int8; wanted one of (torch.float32": {
+            name: tensors[name].to(torch.int8)
+        },
+        "c_fc.weight in torch.float64; wanted one of": {name: tensors[name].double()},
+        "lm_head.weight apart from transformer.wte": {"lm_head.weight": tensors[WTE] + 1},
+        'Unexpected key(s) in state_dict: "h.0.lora_A"': {"h.0.lora_A": torch.ones(2)},
+        'Unexpected key(s) in state_dict: "wte.weight"': {"wte.weight": tensors[WTE].clone()},
+        'state_dict: "transformer.h.7.attn.c_attn.bias"': {
+            "transformer.h.7.attn.c_attn.bias": torch.ones(48)
+        },
     }
     for number, (wanted, change) in enumerate(changed.items()):
         folder = write_source(tmp_path / f"hf-{number}", tensors | change)
@@ -470,25 +487,29 @@ def test_unreadable_weights_are_refused_with_one_line(source, tmp_path):
     folder = write_source(tmp_path / "hf", {})
     weights = folder / WEIGHTS
     weights.write_bytes((source.folder / WEIGHTS).read_bytes()[:5000])
-    assert "model.safetensors is refused: " in refused(folder)
+    assert "model.safetensors cannot be read: " in refused(folder)
     weights.unlink()
     assert "no weights in" in refused(folder)
     torch.save({"wte.weight": Payload(tmp_path / "touched")}, folder / PICKLE)
-    assert "pytorch_model.bin is refused: " in refused(folder)
+    assert "pytorch_model.bin cannot be read: UnpicklingError: Weights only load failed" in refused(
+        folder
+    )
     assert not (tmp_path / "touched").exists()
     torch.save([1, 2], folder / PICKLE)
-    assert "holds a list; wanted tensors by name" in refused(folder)
+    assert "pytorch_model.bin cannot be read: " in refused(folder)
+    torch.save({"wte.weight": "words", 7: torch.ones(2)}, folder / PICKLE)
+    assert "has not the tensors of its config.json: Missing key" in refused(folder)
     (folder / PICKLE).write_bytes(b"")
     assert "pytorch_model.bin cannot be read" in refused(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../x.safetensors"}}))
     assert "names no files of its folder" in refused(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "x.safetensors"}}))
-    assert "names x.safetensors, which is not there" in refused(folder)
+    assert "x.safetensors cannot be read: FileNotFoundError" in refused(folder)
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(folder)
     (folder / "config.json").unlink()
-    assert "no config.json in" in refused(folder)
-    assert "no folder 'missing'" in refused(Path("missing"))
+    assert "config.json cannot be read: [Errno 2] No such file" in refused(folder)
+    assert "missing/config.json cannot be read" in refused(Path("missing"))
 
 
 def test_the_source_tokenizer_is_checked(exported, tmp_path):
@@ -502,23 +523,25 @@ def test_the_source_tokenizer_is_checked(exported, tmp_path):
 
     assert hf_tokenizer.check(tmp_path) == ""
     assert hf_tokenizer.check(exported.folder) == "tokenizer.json"
-    vocabulary = hf_tokenizer.vocabulary()
+    ours = json.loads((exported.folder / "tokenizer.json").read_text())
+    model, vocabulary = ours["model"], ours["model"]["vocab"]
     assert check("vocab.json", vocabulary) == "vocab.json"
-    with pytest.raises(UserError, match="'world' is id 8, and 1 other tokens differ"):
-        check("vocab.json", vocabulary | {"Hello": 7, "world": 8})
-    with pytest.raises(UserError, match="it lacks 50,255 of its tokens"):
+    with pytest.raises(UserError, match="in 2 tokens: .* is id [78], wanted"):
+        check("vocab.json", vocabulary | {"world": 8, "Hello": 7})
+    with pytest.raises(UserError, match="in 50,255 tokens: .* is id None, wanted"):
         check("vocab.json", {"!": 0, "<|endoftext|>": chat.END_OF_TEXT})
-    ours = hf_tokenizer.tokenizer_json()
-    model = ours["model"]
-    pairs = [merge.split(" ") for merge in hf_tokenizer.merges()]
-    assert check("tokenizer.json", ours | {"model": model | {"merges": pairs}}) == "tokenizer.json"
+    spelt = [" ".join(pair) for pair in model["merges"]]  # as older files have them
+    assert check("tokenizer.json", ours | {"model": model | {"merges": spelt}}) == "tokenizer.json"
     with pytest.raises(UserError, match="other merges than GPT-2's"):
-        check("tokenizer.json", ours | {"model": model | {"merges": pairs[::-1]}})
-    with pytest.raises(UserError, match="'<pad>' is id 50257"):
-        added = [{"content": "<pad>", "id": 50257}]
+        check("tokenizer.json", ours | {"model": model | {"merges": spelt[::-1]}})
+    with pytest.raises(UserError, match="'<pad>' is id 50257, wanted None"):
+        added = [ours["added_tokens"][0], ours["added_tokens"][1] | {"content": "<pad>"}]
         check("tokenizer.json", ours | {"added_tokens": added})
-    with pytest.raises(UserError, match="wanted a BPE model's vocab and merges"):
-        check("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+    with pytest.raises(UserError, match="'a' is id 0, wanted 64"):
+        unigram = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}
+        check("tokenizer.json", ours | {"model": unigram, "added_tokens": []})
+    with pytest.raises(UserError, match="tokenizer.json cannot be read: "):
+        check("tokenizer.json", {"model": 5})
 
 
 @pytest.mark.parametrize(
@@ -527,12 +550,12 @@ def test_the_source_tokenizer_is_checked(exported, tmp_path):
         ({"to": "x"}, "wanted one of --run=RUN"),
         ({"run": "a", "source": "b", "to": "x"}, "wanted one of --run=RUN"),
         ({"run": "a"}, "wanted --to=FOLDER"),
-        ({"source": "a", "step": "latest", "to": "x"}, "--step=latest goes with --run"),
+        ({"source": "a", "step": "latest", "to": "x"}, "--step=latest; it goes with --run"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, wanted):
     with pytest.raises(UserError, match=wanted):
-        ExportConfig(**flags)
+        HFConfig(**flags)
 
 
 def test_the_new_folder_must_be_new(exported, tmp_path):
@@ -569,10 +592,24 @@ def test_a_run_of_another_vocabulary_is_refused(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("name", ["export_hf.py", "nanosynth/hf.py", "nanosynth/hf_tokenizer.py"])
-def test_the_exporter_needs_no_transformers(name):
-    tree = ast.walk(ast.parse((REPO / name).read_text()))
-    imported = {node.module for node in tree if isinstance(node, ast.ImportFrom)} | {
-        alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names
-    }
-    assert not {root.split(".")[0] for root in imported} & {"transformers", "tokenizers"}
+def test_transformers_is_an_optional_requirement(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="transformers is missing; pip install -r requirements-ev"):
+        HFConfig(run="out/demo", to="out/demo-hf")
+
+
+def test_the_command_line_is_checked_before_the_libraries_are_imported():
+    done = command("-X", "importtime", "-m", "convert.hf", "--sourc=x")
+    *imports, said = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert said.startswith("convert.hf: error: unknown setting 'sourc'") and "'source'" in said
+    imported = {line.split("|")[-1].strip() for line in imports}
+    assert "nanosynth.settings" in imported and not {"torch", "transformers"} & imported
+
+
+def test_from_the_command_line(exported, tmp_path):
+    to = tmp_path / "hf"
+    done = command("-m", "convert.hf", "--run", exported.run_dir, "--to", to)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines()[-1] == f"written to {to}"
+    assert len(list(to.iterdir())) == len(list(exported.folder.iterdir()))

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanosynth import UserError, settings, tokenizer
@@ -98,7 +98,7 @@ def main(config: PrepareConfig) -> None:
             if config.picture:
                 title = f"{meta['source'][:100]}: {meta['rows_kept']:,} conversations"
                 stats.draw(tally, writer.partial / "stats.png", title)
-            writer.publish(meta, bins.EXTRAS if config.picture else ())
+            writer.publish(meta)
     except OSError as error:
         raise UserError(f"stopped while preparing {config.data_dir}: {error}") from error
     print(f"{stats.summary(meta)}\n\nwritten to {config.data_dir}")
@@ -270,7 +270,7 @@ def description(source: sources.Source, config: PrepareConfig) -> dict:
     """All that is needed to make these very bins again."""
     return {
         **source.identity,
-        **{name: asdict(config)[name] for name in RECIPE},
+        **{name: getattr(config, name) for name in RECIPE},
         "template": tokenizer.TEMPLATE,
         "special_ids": tokenizer.SPECIAL_IDS,
         "tokenizer": {"ranks_sha256": tokenizer.RANKS_SHA256, "tiktoken": tiktoken.__version__},

@@ -4,7 +4,7 @@ Usage:
     python train.py config/demo.py
     torchrun --standalone --nproc_per_node=8 train.py config/1b.py --learning_rate=3e-4
 
-Read `loop` and `train_step`: they are the training. All else builds what these two use.
+Read `loop`, `take_step` and `train_step`: they are the training. All else builds what they use.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class TrainConfig(settings.Settings):
     )
     max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
     hang_seconds: float = setting(
-        600.0, "a step, save or evaluation that takes longer ends the run", above=0
+        600.0, "a step that takes longer, with the evaluation and save due, ends the run", above=0
     )
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
@@ -160,7 +160,7 @@ from nanosynth import checkpoint
 from nanosynth.data import bins
 from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory, peak_flops
 from nanosynth.training import distributed, micro_batch, optim
-from nanosynth.training.log import Console, MetricsFile, RunLog, WandbThread, write_config
+from nanosynth.training.log import Console, MetricsFile, Outputs, RunLog, WandbThread, write_config
 
 # Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
 MIN_LOSS_SCALE = 1.0
@@ -219,7 +219,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
         stopping = world.any(stop.requested)  # a collective, so all ranks stop at one step
         is_last = stopping or step == run.max_steps
         is_new = step > run.first_step  # a resumed step was evaluated and saved before
-        # Every term here is the same on all ranks, since an evaluation is a collective.
+        # The same on all ranks: an evaluation is a collective.
         eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
         save_due = is_new and (step % config.save_interval == 0 or is_last)
         if eval_due or save_due:
@@ -229,8 +229,8 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
                 started = time.perf_counter()
                 val_loss = evaluate(run, run.n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
-                save_due |= val_loss < best_loss  # NaN never is
-            if save_due and world.is_main:
+            is_best = val_loss is not None and val_loss < best_loss  # NaN never is
+            if world.is_main and (save_due or is_best):
                 saved = save(run, step, log, val_loss)
                 best_loss = checkpoint.best_loss(run.out_dir)
             log.restart_clock()  # neither counts as training in tokens a second
@@ -279,7 +279,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     are on all ranks.
     """
     config, world, scaler = run.config, run.world, run.scaler
-    n_micro_steps = run.order.micro_batches_per_step // world.size
+    n_micro_steps = run.order.micro_batches_per_step // world.size  # of this rank
     loss = torch.zeros((), device=world.device)
     for micro_step, (number, batch) in enumerate(batches):
         torch.manual_seed(dropout_seed(config.seed, number))
@@ -415,11 +415,7 @@ def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> 
         )
     if stopping:
         log.say(f"stopped by a signal at step {step}; the same command goes on from there")
-    else:
-        say_complete(run, step, log)
-
-
-def say_complete(run: Run, step: int, log: RunLog) -> None:
+        return
     name = run.config.out_dir
     log.say(f"the run is complete: {step} steps in {name}; what next:")
     log.say(f"  python eval_ppl.py --run={name}       # its perplexity")
@@ -640,7 +636,7 @@ def open_log(run: Run) -> RunLog:
                 config=asdict(config),
             )
         file = MetricsFile(out_dir / "metrics.jsonl", run.metrics_bytes)
-        outputs = (file, Console(run.first_step, run.max_steps), wandb)
+        outputs = Outputs(file, Console(run.first_step, run.max_steps), wandb)
     peak = peak_flops(name, run.dtype)
     return RunLog(outputs, device=world.device, n_devices=world.size, peak=peak)
 
@@ -657,7 +653,7 @@ def train(
     if run.first_step < run.max_steps:
         loop(run, log, stop)
     else:
-        say_complete(run, run.first_step, log)
+        finish(run, run.first_step, log, stopping=False, saved=True)
     log.close()
 
 

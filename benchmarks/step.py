@@ -66,14 +66,15 @@ class Uncompiled(torch.nn.Module):
 def random_bins(data_dir: str, block_size: int, n_rows: int = 64, n_val_rows: int = 16) -> str:
     """Bins of random tokens; the second half of each row is an assistant's."""
     generator = np.random.default_rng(0)
-    writer = bins.BinWriter(data_dir)
-    for split, count in (("train", n_rows), ("val", n_val_rows)):
-        for _ in range(count + 1):  # a row takes its last target from the next document
-            ids = generator.integers(0, tokenizer.END_OF_TEXT, block_size)
-            ids[-1] = tokenizer.END_OF_TEXT
-            writer.add(split, ids.tolist(), [2 * n >= block_size for n in range(block_size)])
-    writer.finish({"source": "random tokens"}, seed=0)
-    writer.discard()
+    mask = [2 * n >= block_size for n in range(block_size)]
+    with bins.BinWriter(data_dir) as writer:
+        for split, count in (("train", n_rows), ("val", n_val_rows)):
+            for _ in range(count + 1):  # a row takes its last target from the next document
+                ids = generator.integers(0, tokenizer.END_OF_TEXT, block_size)
+                ids[-1] = tokenizer.END_OF_TEXT
+                writer.add(split, ids.tolist(), mask)
+        writer.shuffle(seed=0)
+        writer.publish({"source": "random tokens"})
     return data_dir
 
 

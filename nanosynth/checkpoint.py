@@ -155,7 +155,7 @@ def set_aside(path: Path, why: str) -> None:
 def _val_losses(run_dir: Path) -> dict[int, float]:
     losses = {}
     for step in steps(run_dir):
-        with contextlib.suppress(Damaged):  # a damaged one is never the best; `find` says so
+        with contextlib.suppress(Damaged):  # a damaged one is never the best
             losses[step] = read_meta(folder(run_dir, step))["val_loss"]
     return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
@@ -175,6 +175,8 @@ def find(run: str, step: str = "best") -> Path:
     """A run's verified step folder: 'best', 'latest' or a number; `run` may be the folder."""
     run_dir = Path(run)
     if re.fullmatch(r"step_\d{6,}", run_dir.name):
+        if step != "best":
+            raise UserError(f"--run={run} is one step already; leave out --step={step}")
         path = run_dir
     elif not steps(run_dir):
         raise UserError(f"no checkpoint in {run!r}; train one with: python train.py config/NAME.py")

@@ -31,8 +31,6 @@ PEAK_FLOPS_16BIT = {
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")  # is there wherever the driver is loaded
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto', 'cpu', 'cuda' (the GPU of this rank) or 'cuda:N' as a device that exists."""
@@ -61,7 +59,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products; 'auto' takes the fastest that the device has."""
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -64,6 +64,7 @@ class Settings:
             value, default = getattr(self, field.name), field.default
             if type(value) in (int, float) and not _is_within(value, field.metadata["bounds"]):
                 self.refuse(field.name, f"wanted {bounds_text(field.metadata['bounds'])}")
+            # all: of a setting that may be given several times, none is empty
             if field.metadata["path"] and default and not (value and all(value)):
                 self.refuse(field.name, "wanted a path")
         self.check()

@@ -18,6 +18,7 @@ from nanosynth import UserError
 
 END_OF_TEXT = 50256  # ends a document
 IM_START = 50257  # opens a turn
+NEWLINE = 198  # follows a turn's role, and its end
 IM_END = 50258  # closes a turn
 N_IDS = 50259  # ids from here up are padding and are never sampled
 VOCAB_SIZE = 50304  # rows of the embedding: padded to a multiple of 64 for the tensor cores
@@ -39,18 +40,11 @@ Turn = tuple[str, str]  # (role, text)
 @functools.cache
 def encoding() -> tiktoken.Encoding:
     """GPT-2's BPE with the special ids, built from the committed rank table."""
-    return _built("gpt2-chatml", SPECIAL_IDS)
-
-
-@functools.cache
-def _joining_encoding() -> tiktoken.Encoding:
-    """The same BPE, which keeps texts apart at a separator."""
-    return _built("gpt2-texts", {_SEPARATOR: _SEPARATOR_ID})
-
-
-def _built(name: str, special: dict[str, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding(
-        name, pat_str=_SPLIT_PATTERN, mergeable_ranks=_ranks(), special_tokens=special
+        "gpt2-chatml",
+        pat_str=_SPLIT_PATTERN,
+        mergeable_ranks=_ranks(),
+        special_tokens={**SPECIAL_IDS, _SEPARATOR: _SEPARATOR_ID},
     )
 
 
@@ -70,11 +64,6 @@ def _turn_opening(role: str) -> np.ndarray:
     return np.array([IM_START, *encoding().encode_ordinary(f"{role}\n")], dtype=np.uint16)
 
 
-@functools.cache
-def _newline() -> list[int]:
-    return encoding().encode_ordinary("\n")
-
-
 def encode_conversations(
     conversations: Sequence[Sequence[Turn]],
 ) -> list[tuple[list[int], list[int]]]:
@@ -92,7 +81,7 @@ def encode_documents(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """`encode_conversations` as arrays, (T,) uint16 and (T,) uint8, for a whole data set."""
     encoded = iter(_encode_texts([text for turns in conversations for _, text in turns]))
-    closing = np.array([IM_END, *_newline()], dtype=np.uint16)
+    closing = np.array([IM_END, NEWLINE], dtype=np.uint16)
     end = np.array([END_OF_TEXT], dtype=np.uint16)
     documents = []
     for turns in conversations:
@@ -117,9 +106,7 @@ def _encode_texts(texts: list[str]) -> list[np.ndarray]:
     joined = _SEPARATOR.join(texts)
     if joined.count(_SEPARATOR) != len(texts) - 1 or not is_unicode(joined):
         return [np.array(encoding().encode_ordinary(text), dtype=np.uint16) for text in texts]
-    ids = _joining_encoding().encode_to_numpy(
-        joined, allowed_special={_SEPARATOR}, disallowed_special=()
-    )
+    ids = encoding().encode_to_numpy(joined, allowed_special={_SEPARATOR}, disallowed_special=())
     ends = [*np.flatnonzero(ids == _SEPARATOR_ID).tolist(), len(ids)]
     starts = [0, *(end + 1 for end in ends)]
     return [ids[start:end] for start, end in zip(starts, ends, strict=False)]

@@ -75,12 +75,12 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = 64) -> torch.Tensor
 
 def write_bins(data_dir: Path, documents: dict[str, list[tuple[list[int], list[int]]]]) -> str:
     """Bins of these (ids, mask) documents of each split."""
-    writer = bins.BinWriter(str(data_dir))
-    for split, pairs in documents.items():
-        for ids, mask in pairs:
-            writer.add(split, ids, mask)
-    writer.finish({"source": "test"}, seed=0)
-    writer.discard()
+    with bins.BinWriter(str(data_dir)) as writer:
+        for split, pairs in documents.items():
+            for ids, mask in pairs:
+                writer.add(split, ids, mask)
+        writer.shuffle(seed=0)
+        writer.publish({"source": "test"})
     return str(data_dir)
 
 

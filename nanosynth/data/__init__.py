@@ -1,1 +1,4 @@
-"""From rows of any source to bins, and from bins to batches. Imports no other wing."""
+"""From rows of any source to bins, and from bins to batches.
+
+Imports nothing of training/ or inference/.
+"""

@@ -56,11 +56,6 @@ class BinWriter:
         self._spools[f"{split}_mask.bin"].write(bytes(mask))
         self.lengths[split].append(len(ids))
 
-    def finish(self, meta: dict, seed: int) -> None:
-        """Shuffle and publish."""
-        self.shuffle(seed)
-        self.publish(meta)
-
     def shuffle(self, seed: int) -> None:
         """Write the bins, still unpublished, in a seeded random order of documents."""
         for split in SPLITS:
@@ -83,8 +78,8 @@ class BinWriter:
         os.unlink(self.partial / f"{name}.spool")
         self._files[name] = file.summary()
 
-    def publish(self, meta: dict, extras: Sequence[str] = ()) -> None:
-        """Put the bins in their place, with those `extras` that stand in `partial`, then meta.json.
+    def publish(self, meta: dict) -> None:
+        """Put the bins in their place, with those EXTRAS that stand in `partial`, then meta.json.
 
         The old meta.json goes first: never does one vouch for a mix of old and new.
         """
@@ -97,6 +92,7 @@ class BinWriter:
         for name in ("meta.json", *EXTRAS):
             (self.data_dir / name).unlink(missing_ok=True)
         sync(self.data_dir)
+        extras = (name for name in EXTRAS if (self.partial / name).is_file())
         for name in (*self._files, *extras):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
@@ -106,10 +102,6 @@ class BinWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.discard()
-
-    def discard(self) -> None:
-        """Remove what was not published."""
         for spool in self._spools.values():
             with contextlib.suppress(OSError):  # its last bytes, to a full disk
                 spool.close()

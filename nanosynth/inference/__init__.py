@@ -1,1 +1,4 @@
-"""A run to a model, and what a model makes of prompts and texts. Imports no other wing."""
+"""A run to a model, and what a model makes of prompts and texts.
+
+Imports nothing of data/ or training/.
+"""

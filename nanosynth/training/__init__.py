@@ -1,1 +1,4 @@
-"""What train.py stands on: ranks, optimizers, the run's log. Imports no other wing."""
+"""What train.py stands on: ranks, optimizers, the run's log.
+
+Imports nothing of data/ or inference/.
+"""

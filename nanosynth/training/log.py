@@ -14,6 +14,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -95,15 +96,13 @@ class Console:
 
     def __init__(self, first_step: int, max_steps: int):
         self._max_steps = max_steps
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(initial=first_step, total=max_steps, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(  # disable=None: none where stderr is no terminal
+            initial=first_step, total=max_steps, unit="step", dynamic_ncols=True, disable=None
+        )
 
     def say(self, text: str) -> None:
-        if self._bar is None:
+        with tqdm.external_write_mode():
             print(text, flush=True)
-        else:
-            self._bar.write(text)
 
     def train(self, record: dict, eta_seconds: float) -> None:
         parts = [
@@ -118,7 +117,7 @@ class Console:
         if record["mfu"] is not None:  # of a device whose peak is known
             parts.insert(-1, f"mfu {record['mfu']:.1%}")
         text = " | ".join(parts)
-        if self._bar is None:
+        if self._bar.disable:
             minutes, seconds = divmod(int(eta_seconds), 60)
             step = f"step {record['step']:>6}/{self._max_steps}"
             print(f"{step} | {text} | {minutes}m{seconds:02d}s left", flush=True)
@@ -127,8 +126,13 @@ class Console:
             self._bar.update(record["step"] + 1 - self._bar.n)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
+
+
+class Outputs(NamedTuple):
+    file: MetricsFile
+    console: Console
+    wandb: WandbThread | None
 
 
 class RunLog:
@@ -139,7 +143,7 @@ class RunLog:
 
     def __init__(
         self,
-        outputs: tuple[MetricsFile, Console, WandbThread | None] | None,
+        outputs: Outputs | None,
         *,
         device: torch.device,
         n_devices: int,
@@ -165,7 +169,13 @@ class RunLog:
             return []
         stats = torch.stack([stats for _, stats, _, _ in pending]).tolist()  # (steps, 4)
         seconds = time.perf_counter() - self._clock
-        measured = self._throughput(pending, seconds)
+        measured = {
+            "tokens_per_second": sum(n_tokens for _, _, n_tokens, _ in pending) / seconds,
+            "mfu": model_flops_utilisation(
+                sum(flops for *_, flops in pending) / seconds, self._n_devices, self._peak
+            ),
+            "memory_gb": memory_gb(self._device),
+        }
         records = []
         for (fields, *_), (loss, grad_norm, scale, n_skipped) in zip(pending, stats, strict=True):
             record = {"step": fields["step"], "split": "train", "loss": loss, **fields}
@@ -175,17 +185,9 @@ class RunLog:
             records.append(record | measured)
             self._emit(records[-1])
         if self._outputs:
-            self._outputs[1].train(records[-1], steps_left * seconds / len(records))
+            self._outputs.console.train(records[-1], steps_left * seconds / len(records))
         self.restart_clock()
         return records
-
-    def _throughput(self, pending: list[tuple], seconds: float) -> dict:
-        flops_per_second = sum(flops for *_, flops in pending) / seconds
-        return {
-            "tokens_per_second": sum(n_tokens for _, _, n_tokens, _ in pending) / seconds,
-            "mfu": model_flops_utilisation(flops_per_second, self._n_devices, self._peak),
-            "memory_gb": memory_gb(self._device),
-        }
 
     def restart_clock(self) -> None:
         """Leave out of the throughput what passed since the last flush (evaluation, a save)."""
@@ -197,11 +199,11 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self._outputs:
-            self._outputs[1].say(text)
+            self._outputs.console.say(text)
 
     def synced_size(self) -> int:
         """Bytes of metrics.jsonl on disk; 0 on ranks that write none."""
-        return self._outputs[0].synced_size() if self._outputs else 0
+        return self._outputs.file.synced_size() if self._outputs else 0
 
     def _emit(self, record: dict) -> None:
         if not self._outputs:
@@ -210,10 +212,9 @@ class RunLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        file, _, wandb = self._outputs
-        file.write(finite)
-        if wandb:
-            wandb.log(finite)
+        self._outputs.file.write(finite)
+        if self._outputs.wandb:
+            self._outputs.wandb.log(finite)
 
     def close(self) -> None:
         for output in self._outputs or ():

@@ -30,7 +30,7 @@ class MuonAdamW(torch.optim.Optimizer):
         world: World,
     ):
         self.adamw, self.world = adamw, world
-        self.found_inf: Tensor | None = None
+        self.found_inf = torch.zeros(())  # train.py sets it before each step
         alike: dict[tuple, list[nn.Parameter]] = {}
         for name, matrix in matrices:
             alike.setdefault((3 if "c_attn" in name else 1, *matrix.shape), []).append(matrix)
@@ -51,11 +51,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Call on every rank."""
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
-        skipped = torch.zeros_like(self.matrix_groups[0]["momentum"][0, 0, 0])
-        if self.found_inf is not None:
-            skipped += self.found_inf
         for group in self.matrix_groups:
-            self._step(group, skipped)
+            self._step(group, self.found_inf)
 
     def _step(self, group: dict, skipped: Tensor) -> None:
         momentum, params = group["momentum"], group["params"]

@@ -58,17 +58,14 @@ def test_prompts_and_answers_of_a_conversation():
 
 
 def test_an_id_past_uint16_raises(tmp_path):
-    writer = bins.BinWriter(str(tmp_path))
-    with pytest.raises(OverflowError):
+    with bins.BinWriter(str(tmp_path)) as writer, pytest.raises(OverflowError):
         writer.add("train", [65_536], [0])
-    writer.discard()
     assert not (tmp_path / ".partial").exists()
 
 
-def test_nothing_is_published_before_finish(tmp_path):
-    writer = bins.BinWriter(str(tmp_path))
-    writer.add("train", [1, END], [0, 0])
-    writer.discard()
+def test_what_is_not_published_is_removed(tmp_path):
+    with bins.BinWriter(str(tmp_path)) as writer:
+        writer.add("train", [1, END], [0, 0])
     assert os.listdir(tmp_path) == []
 
 

@@ -285,7 +285,7 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
     said: list[str] = []
     path = run_dir / "metrics.jsonl"
     file = train.MetricsFile(path, path.stat().st_size if path.exists() else 0)
-    outputs = (file, mock.Mock(say=said.append), None)
+    outputs = train.Outputs(file, mock.Mock(say=said.append), None)
     log = train.RunLog(outputs, device=tiny.CPU, n_devices=1, peak=None)
 
     def save(step: int, val_loss: float | None = None) -> list[str]:

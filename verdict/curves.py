@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 
 from verdict.criteria import Events
-from verdict.runs import GAP_STEPS, Run
+from verdict.figures import GAP_STEPS
+from verdict.runs import Run
 
 MARKS = {  # of Events: marker, height in the panel, what it says
     "not_finite": ("X", 0.96, "NaN"),

@@ -75,10 +75,13 @@ class VerdictConfig(settings.Settings):
 if __name__ == "__main__":
     arguments = settings.from_argv(VerdictConfig)  # before torch takes its time
 
+import contextlib
 import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -93,7 +96,6 @@ from verdict import LOCAL_TASKS, TASKS_DIR, answers, instructions, quality, repo
 
 FORMAT_VERSION = 1  # of tasks.json
 INSTALL = "pip install -r requirements-eval.txt"
-ZERO_SHOT_PACKAGES = ("lm_eval", "transformers", "accelerate")
 
 
 def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
@@ -102,17 +104,11 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         meta = meta_of(run, config.step)
     except UserError as error:
         return [f"{run.path}: nothing is measured: {error}"]
-    tasks, notices = earlier_tasks(run, meta), []
-    parts = missing_parts(run, meta, tasks, config)
-    if config.only == "perplexity":
-        parts = {"perplexity": measure_perplexity}
-    elif config.only == "tasks":
-        parts = {"answers": measure_answers} if config.generation else {}
-        parts |= {"zero-shot tasks": measure_zero_shot} if config.tasks else {}
-    for name, part in parts.items():
+    notices = []
+    for name, part in wanted_parts(run, meta, config):
         print(f"{run.path}, step {meta['step']}: measuring {name}", flush=True)
         try:
-            notices += part(run, meta, tasks, config)
+            notices += part()
         except UserError as error:
             notices.append(f"{name} not measured: {error}")
     return [f"{run.path}: {notice}" for notice in notices]
@@ -127,28 +123,32 @@ def meta_of(run: runs.Run, step: str) -> dict:
     return (step == "best" and run.meta) or checkpoint.read_meta(checkpoint.find(run.path, step))
 
 
-def missing_parts(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> dict:
-    """What is not measured yet, or of another step, or of other data."""
-    data_dir = config.data_dir or meta.get("settings", {}).get("data_dir", "")
+def wanted_parts(
+    run: runs.Run, meta: dict, config: VerdictConfig
+) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """(name, what measures it) of what --only names; without it, of what is missing, or of another
+    step or other data. Each gives a line for whatever it had to leave out.
+    """
+    tasks = earlier_tasks(run, meta)
     is_scored = bool(run.perplexity) and run.scored_step == meta["step"]
     is_answered = bool(tasks["generation"])
-    try:
-        is_scored &= bins.Split(data_dir, "val").sha256 == run.perplexity.get("data_sha256")
+    with contextlib.suppress(UserError):  # without the bins, what was measured stays
+        val = bins.read_meta(data_dir(meta, config))["files"]["val.bin"]
+        is_scored &= val["sha256"] == run.perplexity.get("data_sha256")
         is_answered &= "validation" in tasks["generation"]
-    except UserError:
-        pass  # without its bins, what was measured stays
-    zero_shot = tasks["zero_shot"]
-    known = {*zero_shot, *(scored.get("asked_as") for scored in zero_shot.values())}
-    parts = {} if is_scored else {"perplexity": measure_perplexity}
-    if config.generation and not is_answered:
-        parts["answers"] = measure_answers
-    if not {*task_names(config.tasks)} <= known:
-        parts["zero-shot tasks"] = measure_zero_shot
-    return parts
+    asked_before = {scored.get("asked_as") for scored in tasks["zero_shot"].values()}
+    known = {*tasks["zero_shot"], *asked_before} if not config.only else ()
+    names = [name for name in task_names(config.tasks) if name not in known]
+    if config.only == "perplexity" or not (config.only or is_scored):
+        yield "the perplexity", partial(measure_perplexity, run, meta, config)
+    if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
+        yield "answers", partial(measure_answers, run, meta, tasks, config)
+    if names and config.only != "perplexity":
+        yield "zero-shot tasks", partial(measure_zero_shot, run, meta, tasks, config, names)
 
 
-def measure_perplexity(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> list[str]:
-    """eval_ppl.json; as the other parts, it gives a line for whatever it has to leave out."""
+def measure_perplexity(run: runs.Run, meta: dict, config: VerdictConfig) -> list[str]:
+    """eval_ppl.json."""
     wanted = {"data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
     eval_ppl.main(eval_ppl.EvalConfig(run=run.path, step=str(meta["step"]), **wanted))
     return []
@@ -171,7 +171,7 @@ def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfi
     )
     limits = {"block_size": model.config.block_size, "sampling": sampling}
     sets = [answers.checked_prompts(prompts_file(config), **limits)]
-    val, train, notices = open_data(meta, config.data_dir)
+    val, train, notices = open_data(meta, data_dir(meta, config))
     if val:
         sets.insert(0, answers.validation_prompts(val, config.num_prompts, **limits))
     if not importlib.util.find_spec("sacrebleu"):
@@ -196,18 +196,17 @@ def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfi
     return notices
 
 
-def measure_zero_shot(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> list[str]:
+def measure_zero_shot(
+    run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig, names: list[str]
+) -> list[str]:
     """The part `zero_shot` of tasks.json; figures of tasks that are not asked for stay."""
     clock = time.perf_counter()
-    for package in ZERO_SHOT_PACKAGES:
-        if not importlib.util.find_spec(package):
-            raise UserError(f"{package} is missing; {INSTALL}")
-    from verdict.tasks import as_lm, measure
-
-    device, dtype = place(config)
-    lm = as_lm(run.path, str(meta["step"]), device, dtype, config.batch_size)
-    names, how = task_names(config.tasks), {"limit": config.limit}
-    how["chat_format"] = config.chat_format
+    try:
+        from verdict.tasks import as_lm, measure
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name.split('.')[0]} is missing; {INSTALL}") from None
+    lm = as_lm(run.path, str(meta["step"]), *place(config), config.batch_size)
+    how = {"limit": config.limit, "chat_format": config.chat_format}
     figures, not_run = measure(lm, names, **how)
     tasks["zero_shot"] |= {task: scored | how for task, scored in figures.items()}
     write_tasks(run, tasks, "zero_shot", config, clock)
@@ -225,16 +224,19 @@ def prompts_file(config: VerdictConfig) -> Path:
     return Path(config.prompts or TASKS_DIR / "prompts.jsonl")
 
 
-def open_data(meta: dict, data_dir: str) -> tuple[bins.Split | None, bins.Split | None, list[str]]:
-    """(validation, training, notices); None where the run's bins are gone or were never there."""
-    data_dir = data_dir or meta.get("settings", {}).get("data_dir", "")
+def data_dir(meta: dict, config: VerdictConfig) -> str:
+    return config.data_dir or meta.get("settings", {}).get("data_dir", "")
+
+
+def open_data(meta: dict, path: str) -> tuple[bins.Split | None, bins.Split | None, list[str]]:
+    """(validation, training, notices); None where the bins are gone or were never there."""
     try:
-        val, train = bins.Split(data_dir, "val"), bins.Split(data_dir, "train")
+        val, train = bins.Split(path, "val"), bins.Split(path, "train")
     except UserError as error:
         return None, None, [f"validation prompts and memorisation not measured: {error}"]
     ranks = val.meta.get("tokenizer", {}).get("ranks_sha256", tokenizer.RANKS_SHA256)
     if ranks != tokenizer.RANKS_SHA256:
-        raise UserError(f"{data_dir} was made with another tokenizer; run prepare.py again")
+        raise UserError(f"{path} was made with another tokenizer; run prepare.py again")
     if train.sha256 == meta["identity"].get("data_sha256"):
         return val, train, []
     other = f"{train.path} is not what the run was trained on: 'memorised' counts that"

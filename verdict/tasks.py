@@ -84,7 +84,7 @@ def _bars_on_terminals_only() -> contextlib.AbstractContextManager:
 def _figures(measured: dict, loaded: dict) -> dict[str, dict]:
     """For each task: metric, score, stderr, chance, n, and all its `metrics`.
 
-    The score is acc_norm (likelihood a byte) where the task has it, else acc, else its first.
+    The score is acc_norm (likelihood a character) where the task has it, else acc, else its first.
     """
     figures = {}
     for task, results in measured["results"].items():

@@ -104,8 +104,10 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         meta = meta_of(run, config.step)
     except UserError as error:
         return [f"{run.path}: nothing is measured: {error}"]
-    notices = []
-    for name, part in wanted_parts(run, meta, config):
+    notices, parts = [], list(wanted_parts(run, meta, config))
+    if not parts:
+        print(f"{run.path}, step {meta['step']}: is measured; --only=PART measures a part anew")
+    for name, part in parts:
         print(f"{run.path}, step {meta['step']}: measuring {name}", flush=True)
         try:
             notices += part()
@@ -156,7 +158,7 @@ def measure_perplexity(run: runs.Run, meta: dict, config: VerdictConfig) -> list
 
 def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> list[str]:
     """The part `generation` of tasks.json, and task_generations.jsonl."""
-    clock = time.perf_counter()
+    started = time.perf_counter()
     device, dtype = place(config)
     model, path, _ = load(run.path, str(meta["step"]), device=device, dtype=dtype)
     if model.config.vocab_size < tokenizer.N_IDS:
@@ -192,7 +194,7 @@ def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfi
         records += of_set
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(Path(run.path) / "task_generations.jsonl", "".join(lines))
-    write_tasks(run, tasks, "generation", config, clock)
+    write_tasks(run, tasks, "generation", config, started)
     return notices
 
 
@@ -200,7 +202,7 @@ def measure_zero_shot(
     run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig, names: list[str]
 ) -> list[str]:
     """The part `zero_shot` of tasks.json; figures of tasks that are not asked for stay."""
-    clock = time.perf_counter()
+    started = time.perf_counter()
     try:
         from verdict.tasks import as_lm, measure
     except ModuleNotFoundError as error:
@@ -209,7 +211,7 @@ def measure_zero_shot(
     how = {"limit": config.limit, "chat_format": config.chat_format}
     figures, not_run = measure(lm, names, **how)
     tasks["zero_shot"] |= {task: scored | how for task, scored in figures.items()}
-    write_tasks(run, tasks, "zero_shot", config, clock)
+    write_tasks(run, tasks, "zero_shot", config, started)
     return not_run
 
 
@@ -225,6 +227,7 @@ def prompts_file(config: VerdictConfig) -> Path:
 
 
 def data_dir(meta: dict, config: VerdictConfig) -> str:
+    """The bins to measure on; those of the run, empty where it has none."""
     return config.data_dir or meta.get("settings", {}).get("data_dir", "")
 
 
@@ -272,10 +275,12 @@ def earlier_tasks(run: runs.Run, meta: dict) -> dict:
     return tasks
 
 
-def write_tasks(run: runs.Run, tasks: dict, part: str, config: VerdictConfig, clock: float) -> None:
-    """tasks.json, with how this part of it was measured and how long that took since `clock`."""
+def write_tasks(
+    run: runs.Run, tasks: dict, part: str, config: VerdictConfig, started: float
+) -> None:
+    """tasks.json, with how this part of it was measured and how long that took."""
     device, dtype = place(config)
-    used = {"dtype": str(dtype).removeprefix("torch."), "seconds": time.perf_counter() - clock}
+    used = {"dtype": str(dtype).removeprefix("torch."), "seconds": time.perf_counter() - started}
     tasks["settings"][part] = asdict(config) | used
     tasks["device"] = device_name(device)
     tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())

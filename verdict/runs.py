@@ -61,42 +61,29 @@ class Run:
 def read(path: str) -> Run:
     """Everything in a run's folder."""
     folder, run = Path(path), Run(path=path.rstrip("/"))
-    run.config = _take(run, "config.json", schemas.CONFIG, _read_json, folder / "config.json")
+    run.config = _take(run, folder / "config.json", schemas.CONFIG)
     for record in _read_lines(run, folder / "metrics.jsonl", TRAIN_LINE, VAL_LINE):
         (run.train if record["split"] == "train" else run.val).append(record)
-    run.meta = _take(run, "its best checkpoint", schemas.CHECKPOINT, _best_meta, folder)
-    scored = folder / "eval_ppl.json"
-    run.perplexity = _take(run, "eval_ppl.json", schemas.PERPLEXITY, _read_json, scored)
-    run.tasks = _take(run, "tasks.json", schemas.TASKS, _read_json, folder / "tasks.json")
+    run.meta = _take(run, folder, schemas.CHECKPOINT, _best_meta, "its best checkpoint")
+    run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
+    run.tasks = _take(run, folder / "tasks.json", schemas.TASKS)
     for name in SAMPLE_FILES:
         if not run.samples:
             run.samples, run.samples_file = _read_lines(run, folder / name, SAMPLE), name
     if data_dir := run.settings.get("data_dir"):
-        run.data = _take(run, "its data", schemas.DATA, bins.read_meta, data_dir)
+        run.data = _take(run, Path(data_dir), schemas.DATA, _data_meta, "its data")
     if not any((run.config, run.train, run.meta, run.perplexity, run.tasks, run.samples)):
         raise UserError(f"{path!r} holds nothing of a run; wanted what train.py writes to out_dir")
     run.notes += _disagreements(run)
     return run
 
 
-def _take(run: Run, name: str, schema: dict, read: Callable, source: object) -> dict:
-    """What `read` makes of a source, {} where there is none; what does not fit is noted."""
-    try:
-        content = read(source)
-        why = misfit(content, schema)
-    except FileNotFoundError:
-        return {}
-    except (UserError, OSError, ValueError, RecursionError) as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        why = f"{kind}{error}"
-    if why:
-        run.notes.append(f"{run.path}: {name} is left out: {why}")
-        return {}
-    return content
-
-
 def _read_json(path: Path) -> object:
     return json.loads(path.read_bytes())
+
+
+def _data_meta(folder: Path) -> dict:
+    return bins.read_meta(str(folder))
 
 
 def _best_meta(folder: Path) -> dict:
@@ -104,6 +91,25 @@ def _best_meta(folder: Path) -> dict:
     if not saved:
         raise UserError("there is none; train.py saves them")
     return checkpoint.read_meta(checkpoint.best(folder) or saved[-1])
+
+
+def _take(
+    run: Run, path: Path, schema: dict, read: Callable[[Path], object] = _read_json, name: str = ""
+) -> dict:
+    """What `read` finds at a path, {} where there is none; what does not fit is noted."""
+    try:
+        content = read(path)
+        why = misfit(content, schema)
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        why = str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        run.notes.append(f"{run.path}: {name or path.name} is left out: {why}")
+        return {}
+    return content
 
 
 def _read_lines(run: Run, path: Path, *schemas_of_lines: dict) -> list[dict]:

@@ -13,7 +13,7 @@ import torch
 from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.inference.generation import Sampling
-from tiny import tiny_model, write_bins, write_jsonl
+from tiny import command, tiny_model, write_bins, write_jsonl
 from verdict import TASKS_DIR, answers, instructions, quality
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
@@ -158,7 +158,7 @@ def test_what_is_missing_is_measured_once(wide_run, tmp_path, capsys):
         assert record["coherent"] == wanted and record["finish"] in ("stop", "length")
 
     verdict.main(config_of(run))
-    assert "measuring" not in capsys.readouterr().out and read_tasks(run) == first
+    assert f"{run}, step 7: is measured;" in capsys.readouterr().out and read_tasks(run) == first
 
 
 def test_each_part_is_measured_anew_by_name(wide_run, tmp_path, capsys, monkeypatch):
@@ -355,3 +355,12 @@ def test_published_figures_have_their_sources():
 def test_a_senseless_setting_is_refused_by_its_flag(changes):
     with pytest.raises(UserError, match="--"):
         config_of(**changes)
+
+
+def test_a_typo_is_said_before_torch_is_imported():
+    done = command("-X", "importtime", "-m", "verdict", "--num_promts=1")
+    assert done.returncode == 1 and "did you mean 'num_prompts'?" in done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "nanosynth.settings" in imported and "torch" not in imported
+    said = command("-m", "verdict", "--help").stdout
+    assert "usage: python -m verdict" in said and "\nZero-shot tasks\n" in said

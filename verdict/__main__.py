@@ -63,7 +63,9 @@ class VerdictConfig(settings.Settings):
     output_dir: str = setting(
         "", "where the report goes; empty: the first run's folder", group="The report", path=True
     )
-    samples: int = setting(5, "samples shown of each run: the first of its file", at_least=0)
+    samples: int = setting(
+        5, "answers shown of each run, to the first prompts of its file", at_least=0
+    )
 
     def check(self) -> None:
         if len({Path(path).resolve() for path in self.run}) < len(self.run):
@@ -101,7 +103,10 @@ INSTALL = "pip install -r requirements-eval.txt"
 def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
     """Measure what --only names, or what is missing; a line for each thing that could not be."""
     try:
-        meta = meta_of(run, config.step)
+        # The best one's is read already, and is verified where it is used: hashing a large
+        # checkpoint takes longer than finding that all is measured.
+        meta = run.meta if config.step == "best" else {}
+        meta = meta or checkpoint.read_meta(checkpoint.find(run.path, config.step))
     except UserError as error:
         return [f"{run.path}: nothing is measured: {error}"]
     notices, parts = [], list(wanted_parts(run, meta, config))
@@ -114,15 +119,6 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         except UserError as error:
             notices.append(f"{name} not measured: {error}")
     return [f"{run.path}: {notice}" for notice in notices]
-
-
-def meta_of(run: runs.Run, step: str) -> dict:
-    """meta.json of the checkpoint that is measured.
-
-    That of the best is read already, and not verified: hashing a large one would take longer than
-    finding that all is measured.
-    """
-    return (step == "best" and run.meta) or checkpoint.read_meta(checkpoint.find(run.path, step))
 
 
 def wanted_parts(
@@ -260,19 +256,11 @@ def task_names(tasks: str) -> list[str]:
 
 def earlier_tasks(run: runs.Run, meta: dict) -> dict:
     """tasks.json to go on with: its parts that are of this step."""
-    tasks = {
-        "format_version": FORMAT_VERSION,
-        "run": run.path,
-        "step": meta["step"],
-        "settings": {},
-        "torch": torch.__version__,
-        "rule": quality.RULE,
-        "generation": {},
-        "zero_shot": {},
-    }
-    if all(run.tasks.get(key) == tasks[key] for key in ("format_version", "step")):
-        tasks |= {key: run.tasks.get(key, {}) for key in ("settings", "generation", "zero_shot")}
-    return tasks
+    facts = {"format_version": FORMAT_VERSION, "run": run.path, "step": meta["step"]}
+    facts |= {"torch": torch.__version__, "rule": quality.RULE}
+    is_current = all(run.tasks.get(key) == facts[key] for key in ("format_version", "step"))
+    earlier = run.tasks if is_current else {}
+    return facts | {key: earlier.get(key, {}) for key in ("settings", "generation", "zero_shot")}
 
 
 def write_tasks(
@@ -299,7 +287,10 @@ def main(config: VerdictConfig) -> None:
             bins.read_meta(config.data_dir)
         for run in loaded:
             notices += measure(run, config)
+        before = [note for run in loaded for note in run.notes]
         loaded = [runs.read(path) for path in config.run]
+        after = [note for run in loaded for note in run.notes]
+        notices += [f"{note}; measured anew" for note in before if note not in after]
     print(report.write(loaded, Path(config.output_dir or config.run[0]), config.samples))
     for notice in notices:
         print(notice, file=sys.stderr)

@@ -148,12 +148,15 @@ def tasks_section(run: Run) -> str:
 
 
 def samples_section(run: Run, count: int) -> str:
-    """The first `count` of the file: of held-out prompts, sampled, where the file has several."""
-    chosen = [s for s in run.samples if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
-    chosen = (chosen or run.samples)[:count]
+    """Answers to the first `count` prompts: held-out ones, sampled, where the file has several."""
+    firsts = [sample for sample in run.samples if not sample.get("sample")]  # of each prompt
+    chosen = [s for s in firsts if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
+    chosen = (chosen or firsts)[:count]
     if not chosen:
         return ""
-    parts = [f"The first {len(chosen)} of `{run.samples_file}`, whole and unedited."]
+    parts = [
+        f"The first {len(chosen)} prompts of `{run.samples_file}`, answers whole and unedited."
+    ]
     for sample in chosen:
         page = f"{sample['prompt']}{sample['text']}".splitlines()
         coherent = sample.get("coherent", "not judged")

@@ -223,12 +223,15 @@ def test_other_data_is_scored_anew(wide_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ['{"format_version": 1, "st', '{"generation": 5}'])
-def test_a_torn_tasks_json_is_measured_anew(wide_run, tmp_path, monkeypatch, content):
+def test_a_torn_tasks_json_is_measured_anew(wide_run, tmp_path, capsys, monkeypatch, content):
     run, measured = shutil.copytree(wide_run, tmp_path / "run"), []
     stub(measured, monkeypatch)
     (run / "tasks.json").write_text(content)
     verdict.main(config_of(run, generation=False, tasks="questions"))
     assert measured == [["questions"]] and list(read_tasks(run)["zero_shot"]) == ["questions"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "tasks.json is left out: " in said[0]
+    assert said[0].endswith("; measured anew")
 
 
 def test_a_run_under_way_without_checkpoint_gets_its_report(tmp_path, capsys):

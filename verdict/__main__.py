@@ -156,10 +156,7 @@ def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfi
     """The part `generation` of tasks.json, and task_generations.jsonl."""
     started = time.perf_counter()
     device, dtype = place(config)
-    model, path, _ = load(run.path, str(meta["step"]), device=device, dtype=dtype)
-    if model.config.vocab_size < tokenizer.N_IDS:
-        found = f"{path} has a vocabulary of {model.config.vocab_size}"
-        raise UserError(f"{found}; wanted {tokenizer.N_IDS} or more: GPT-2's and the chat marks")
+    model, *_ = load(run.path, str(meta["step"]), device=device, dtype=dtype)
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

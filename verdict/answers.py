@@ -158,16 +158,11 @@ def measure(
     firsts = {mode: [a for a in answers if not a.sample] for mode, answers in by_mode.items()}
     diversity, memorised = _diversity(firsts), _memorised(firsts, train)
     metrics = {
-        mode: _shares(prompts, answers)
-        | diversity[mode]
-        | {"memorised": memorised[mode], "self_bleu": None}
+        mode: _shares(prompts, answers) | diversity[mode] | {"memorised": memorised[mode]}
         for mode, answers in firsts.items()
     }
-    if importlib.util.find_spec("sacrebleu"):
-        groups: list[list[str]] = [[] for _ in prompts.ids]
-        for answer in by_mode["sampled"]:
-            groups[answer.number].append(answer.text)
-        metrics["sampled"]["self_bleu"] = q.self_bleu([g for g in groups if len(g) > 1])
+    for mode in metrics:
+        metrics[mode]["self_bleu"] = _self_bleu(by_mode[mode]) if mode == "sampled" else None
     return metrics, _records(prompts, by_mode)
 
 
@@ -209,14 +204,26 @@ def _diversity(firsts: dict[str, list[Answer]]) -> dict[str, dict]:
 
 def _memorised(firsts: dict[str, list[Answer]], train: bins.Split | None) -> dict[str, dict | None]:
     """The share of answers with a run from `train`; None where no answer is long enough."""
-    every = [answer.ids for answers in firsts.values() for answer in answers]
-    copied = iter(ngrams.copied(every, train.ids, train.n_tokens) if train else [])
     shares: dict[str, dict | None] = dict.fromkeys(firsts)
-    for mode, answers in firsts.items() if train else ():
-        long_enough = sum(len(answer.ids) >= ngrams.RUN_TOKENS for answer in answers)
+    if not train:
+        return shares
+    every = [answer.ids for answers in firsts.values() for answer in answers]
+    copied = iter(ngrams.copied(every, train.ids, train.n_tokens))
+    for mode, answers in firsts.items():
         share = q.share([next(copied) for _ in answers])
+        long_enough = sum(len(answer.ids) >= ngrams.RUN_TOKENS for answer in answers)
         shares[mode] = share | {"long_enough": long_enough} if long_enough else None
     return shares
+
+
+def _self_bleu(sampled: list[Answer]) -> float | None:
+    """Of the prompts that have several samples; None without sacrebleu."""
+    if not importlib.util.find_spec("sacrebleu"):
+        return None
+    groups: dict[int, list[str]] = {}
+    for answer in sampled:
+        groups.setdefault(answer.number, []).append(answer.text)
+    return q.self_bleu([texts for texts in groups.values() if len(texts) > 1])
 
 
 def _records(prompts: Prompts, by_mode: dict[str, list[Answer]]) -> list[dict]:

@@ -59,9 +59,7 @@ def figures(run: Run) -> dict[str, float]:
         named |= {f"{of}: {name}".replace("_", " "): value for name, value in leaves(tree)}
     for task, scored in run.tasks.get("zero_shot", {}).items():
         named[f"{task}: {scored['metric']}"] = scored["score"]
-    return {
-        name: value for name, value in named.items() if KINDS["number"](value) and value == value
-    }
+    return {name: value for name, value in named.items() if KINDS["number"](value)}
 
 
 HOW_MEASURED = "n left_out distinct_counts compression_bytes".split()  # no figures

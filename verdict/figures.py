@@ -52,17 +52,21 @@ def figures(run: Run) -> dict[str, float]:
         named["validation loss, last"] = losses[max(losses)]
     if exact:
         named["answers exactly right"] = fmean(exact)
-    measured = {f"{name} tokens": run.perplexity.get(name, {}) for name in ("all", "assistant")}
-    for prompts, modes in run.tasks.get("generation", {}).items():
-        measured |= {f"{prompts}, {mode}": metrics for mode, metrics in modes.items()}
-    for of, tree in measured.items():
-        named |= {f"{of}: {name}".replace("_", " "): value for name, value in leaves(tree)}
-    for task, scored in run.tasks.get("zero_shot", {}).items():
-        named[f"{task}: {scored['metric']}"] = scored["score"]
+    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in ("all", "assistant")}
+    for of, tree in {**scored, **answers(run)}.items():
+        named |= {f"{of}: {name}": value for name, value in leaves(tree)}
+    for task, result in run.tasks.get("zero_shot", {}).items():
+        named[f"{task}: {result['metric']}"] = result["score"]
     return {name: value for name, value in named.items() if KINDS["number"](value)}
 
 
-HOW_MEASURED = "n left_out distinct_counts compression_bytes".split()  # no figures
+def answers(run: Run) -> dict[str, dict]:
+    """What tasks.json has of answers, by 'validation, sampled' and the like."""
+    sets = run.tasks.get("generation", {})
+    return {f"{name}, {mode}": sets[name][mode] for name in sets for mode in sets[name]}
+
+
+HOW_MEASURED = ("n", "left_out", "distinct_counts", "compression_bytes")  # no figures
 
 
 def leaves(tree: dict) -> Iterator[tuple[str, object]]:
@@ -70,11 +74,12 @@ def leaves(tree: dict) -> Iterator[tuple[str, object]]:
     share alone.
     """
     for key, value in tree.items():
-        value = value.get("share", value) if isinstance(value, dict) else value
         if key in HOW_MEASURED:
             continue
+        name = key.replace("_", " ")
+        value = value.get("share", value) if isinstance(value, dict) else value
         if isinstance(value, dict):
-            within = value.items()
-            yield from ((part if key == "parts" else f"{key}-{part}", v) for part, v in within)
+            for part, figure in value.items():
+                yield part.replace("_", " ") if key == "parts" else f"{name}-{part}", figure
         else:
-            yield key, value
+            yield name, value

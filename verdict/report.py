@@ -10,8 +10,9 @@ from nanosynth.files import write_atomically
 from nanosynth.table import table
 from verdict import criteria, curves
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
-from verdict.figures import figures, loss_at
+from verdict.figures import answers, figures, leaves, loss_at
 from verdict.runs import Run
+from verdict.schemas import KINDS
 
 LIMITS = (
     "No human has judged the texts, and no other model has.",
@@ -99,6 +100,8 @@ def figures_section(recipes: list[list[Run]]) -> tuple[str, dict]:
         for run, losses in zip(runs, evaluated, strict=True):
             by_run[run.path][f"validation loss at {tokens:,} tokens"] = losses[tokens]
     names = dict.fromkeys(name for values in by_run.values() for name in values)
+    if len(runs) == 1:  # its answers have a table of their own
+        names = [name for name in names if name.partition(": ")[0] not in answers(runs[0])]
     rows = [["figure", *by_run]]
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         values = [str(run.settings.get(name, "-")) for run in runs]
@@ -121,6 +124,23 @@ def figures_section(recipes: list[list[Run]]) -> tuple[str, dict]:
 def spread_of(values: list[float]) -> dict[str, float]:
     mean = fmean(values)
     return {"mean": mean, "stdev": stdev(values), "lowest": min(values), "highest": max(values)}
+
+
+def answers_section(run: Run) -> str:
+    """What was measured on answers, a column for each set of prompts and way of answering."""
+    columns = answers(run)
+    intervals = [" to ".join(map(shown, mode["coherent"]["interval"])) for mode in columns.values()]
+    by_column = [dict(leaves(mode)) for mode in columns.values()]
+    rows = [
+        ["figure", *columns],
+        ["answers", *(f"{m['coherent']['n']:,}" for m in columns.values())],
+    ]
+    for name in dict.fromkeys(name for values in by_column for name in values):
+        values = [values.get(name) for values in by_column]
+        rows.append([name, *(shown(v if KINDS["number"](v) else None) for v in values)])
+        if name == "coherent":
+            rows.append(["coherent, 95% interval", *intervals])
+    return table(rows, markdown=True) if columns else ""
 
 
 def made_section(run: Run) -> str:
@@ -178,6 +198,7 @@ def compose(runs: list[Run], events: dict[str, Events], n_samples: int) -> tuple
     parts += ["## Figures", text, "![curves](curves.png)"]
     for run in runs:
         sections = {
+            f"## Answers of {run.path}": answers_section(run),
             f"## Zero-shot tasks of {run.path}": tasks_section(run),
             f"## How {run.path} was made": made_section(run),
             f"## Samples of {run.path}": samples_section(run, n_samples),

@@ -232,6 +232,7 @@ def test_seeds_give_mean_deviation_and_range(tmp_path):
     (judged,) = [j for j in found["criteria"] if j["criterion"] == "reproducibility"]
     assert judged["figure"] == pytest.approx(0.4 / 10.2)
     assert "over 3 seeds, perplexity 10.000 to 10.400" in text
+    assert "| validation, sampled: coherent " in text and "| validation, greedy: ends " in text
 
 
 def test_seeds_far_apart_or_of_unlike_verdict_fail(tmp_path):
@@ -375,7 +376,8 @@ def test_a_run_of_its_own_folder(tiny_bins, run_dir, tmp_path):
     assert "answer 0" in text and "answer 1" in text and "\n    ```\n" in text
     assert "answer 2" not in text and "of another set" not in text
     assert "6 steps; not finite: none" in text and "`0.1`" in text
-    assert "| validation, sampled: coherent " in text and "| quiz: acc " in text
+    assert "| validation, greedy | validation, sampled |" in text and "| quiz: acc " in text
+    assert "| coherent " in text and "| coherent, 95% interval |" in text
     assert "it is what the test says" in text
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(path.glob(".tmp-*"))

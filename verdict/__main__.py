@@ -175,6 +175,7 @@ def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfi
     for prompts in sets:
         if len(prompts.ids) < 2:  # a prompt is measured against another
             notices.append(f"{prompts.name} not measured: {len(prompts.ids)} prompts fit, wanted 2")
+            tasks["generation"][prompts.name] = {}  # so that it is not tried each time
             continue
         tasks["generation"][prompts.name], of_set = answers.measure(
             model,

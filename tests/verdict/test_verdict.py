@@ -176,6 +176,16 @@ def test_each_part_is_measured_anew_by_name(wide_run, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.count("measuring") == 2  # neither file is of its form
 
 
+def test_a_set_that_does_not_fit_is_said_and_not_tried_again(wide_run, tmp_path, capsys):
+    run = shutil.copytree(wide_run, tmp_path / "run")
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "check": {"kind": "one_word"}}])
+    verdict.main(config_of(run, prompts=str(one), num_prompts=2))
+    assert f"{run}: prompts not measured: 1 prompts fit, wanted 2" in capsys.readouterr().err
+    assert read_tasks(run)["generation"]["prompts"] == {}
+    verdict.main(config_of(run))
+    assert "is measured;" in capsys.readouterr().out
+
+
 def stub(measured: list[list[str]], monkeypatch) -> None:
     """Zero-shot tasks without lm_eval's model: what was asked for, each with a score."""
 

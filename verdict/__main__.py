@@ -289,7 +289,8 @@ def main(config: VerdictConfig) -> None:
         loaded = [runs.read(path) for path in config.run]
         after = [note for run in loaded for note in run.notes]
         notices += [f"{note}; measured anew" for note in before if note not in after]
-    print(report.write(loaded, Path(config.output_dir or config.run[0]), config.samples))
+    folder = Path(config.output_dir or config.run[0])
+    print(f"\n{report.write(loaded, folder, config.samples)}")
     for notice in notices:
         print(notice, file=sys.stderr)
 

@@ -1,7 +1,7 @@
 """A model's answers to sets of prompts, and what is measured on them beside the references."""
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -73,9 +73,9 @@ class Answer:
     """One answer to the prompt of a number; `ids` without the end mark."""
 
     number: int
-    sample: int
-    ids: list[int]
-    ended: bool
+    sample: int = 0
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
     parts: dict[str, bool] | None = None
 
     @property
@@ -91,25 +91,22 @@ def answer_all(
     model: GPT, prompts: Prompts, n_samples: int, batch_size: int, sampling: Sampling
 ) -> list[Answer]:
     """An answer to each prompt, `n_samples` to each of the first BLEU_PROMPTS."""
-    places = [
-        (number, sample)
+    answers = [
+        Answer(number=number, sample=sample)
         for number in range(len(prompts.ids))
         for sample in range(n_samples if number < BLEU_PROMPTS else 1)
     ]
-    found: list[Answer | None] = [None] * len(places)
-    order = sorted(range(len(places)), key=lambda place: len(prompts.ids[places[place][0]]))
+    # Prompts of like length stand together, so that little is padded.
+    order = sorted(range(len(answers)), key=lambda place: len(prompts.ids[answers[place].number]))
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, unit="batch", disable=None, desc=f"{prompts.name}: generate"):
         batch = order[start : start + batch_size]
-        batch_prompts = [prompts.ids[places[place][0]] for place in batch]
-        for place, ids in zip(
-            batch, generation.generate(model, batch_prompts, batch, sampling), strict=True
-        ):
-            number, sample = places[place]
-            ended = ids[-1] in tokenizer.STOP_IDS
-            ids = ids[:-1] if ended else ids
-            found[place] = Answer(number=number, sample=sample, ids=ids, ended=ended)
-    return found
+        rows = [prompts.ids[answers[place].number] for place in batch]
+        continuations = generation.generate(model, rows, batch, sampling)
+        for place, ids in zip(batch, continuations, strict=True):
+            answers[place].ended = ids[-1] in tokenizer.STOP_IDS
+            answers[place].ids = ids[:-1] if answers[place].ended else ids
+    return answers
 
 
 def add_parts(model: GPT, prompts: Prompts, answers: list[Answer], batch_size: int) -> None:
@@ -119,19 +116,18 @@ def add_parts(model: GPT, prompts: Prompts, answers: list[Answer], batch_size: i
     """
     n = len(prompts.ids)
     full = [answer for answer in answers if answer.ids]
-    scores = [
+    own, other = (
         likelihood.score(
             model, [(prompts.ids[(a.number + shift) % n], a.ids) for a in full], batch_size
         )
         for shift in (0, n // 2)
-    ]
-    about = {
-        id(answer): own > other for answer, (own, _), (other, _) in zip(full, *scores, strict=True)
+    )
+    about_prompt = {
+        id(a) for a, mine, its in zip(full, own, other, strict=True) if mine[0] > its[0]
     }
     for answer in answers:
-        answer.parts = q.parts(
-            answer.ids, ended=answer.ended, about_prompt=about.get(id(answer), False)
-        )
+        about = id(answer) in about_prompt
+        answer.parts = q.parts(answer.ids, ended=answer.ended, about_prompt=about)
 
 
 def measure(
@@ -154,37 +150,31 @@ def measure(
     }
     if prompts.references:
         by_mode["reference"] = [
-            Answer(number=number, sample=0, ids=ids, ended=True)
+            Answer(number=number, ids=ids, ended=True)
             for number, ids in enumerate(prompts.references)
         ]
     for answers in by_mode.values():
         add_parts(model, prompts, answers, batch_size)
-    firsts = {mode: [a for a in found if not a.sample] for mode, found in by_mode.items()}
-    metrics = {mode: _shares(prompts, answers) for mode, answers in firsts.items()}
-    for mode, figures in _diversity(firsts).items():
-        metrics[mode] |= figures
-    if importlib.util.find_spec("sacrebleu"):
-        groups: list[list[str]] = [[] for _ in prompts.ids]
-        for answer in by_mode["sampled"]:
-            groups[answer.number].append(answer.text)
-        metrics["sampled"]["self_bleu"] = q.self_bleu([g for g in groups if len(g) > 1])
-    for mode, figures in (_memorised(firsts, train) if train else {}).items():
-        metrics[mode]["memorised"] = figures
+    firsts = {mode: [a for a in answers if not a.sample] for mode, answers in by_mode.items()}
+    diversity, memorised = _diversity(firsts), _memorised(firsts, train)
+    metrics = {
+        mode: _shares(prompts, answers) | diversity[mode] | {"memorised": memorised[mode]}
+        for mode, answers in firsts.items()
+    }
+    for mode in metrics:
+        metrics[mode]["self_bleu"] = _self_bleu(by_mode[mode]) if mode == "sampled" else None
     return metrics, _records(prompts, by_mode)
 
 
 def _shares(prompts: Prompts, answers: list[Answer]) -> dict:
-    n = len(answers)
-    parts = {part: sum(a.parts[part] for a in answers) / n for part in q.PARTS}
-    obeyed = None
-    if prompts.checks:
-        obeyed = [instructions.obeys(a.text, prompts.checks[a.number]) for a in answers]
+    checks = prompts.checks
+    obeyed = [instructions.obeys(a.text, checks[a.number]) for a in answers] if checks else []
     return {
-        "n": n,
+        "n": len(answers),
         "left_out": prompts.left_out,
-        "coherent": q.share([a.coherent for a in answers]),
-        "parts": parts,
-        "instructions": q.share(obeyed) if obeyed is not None else None,
+        "coherent": q.share([answer.coherent for answer in answers]),
+        "parts": {p: sum(a.parts[p] for a in answers) / len(answers) for p in q.PARTS},
+        "instructions": q.share(obeyed) if checks else None,
     }
 
 
@@ -196,34 +186,44 @@ def common(sizes: list[int]) -> int:
 
 
 def _diversity(firsts: dict[str, list[Answer]]) -> dict[str, dict]:
-    """distinct-n and compression over what the modes have in common; the rest is still None."""
+    """distinct-n and compression of each mode, over as much as the modes have in common."""
     ids = {mode: [a.ids for a in answers] for mode, answers in firsts.items()}
-    texts = {mode: [a.text for a in answers] for mode, answers in firsts.items()}
-    counts = {n: common([q.n_ngrams(found, n) for found in ids.values()]) for n in (1, 2, 3)}
-    n_bytes = common([len(q.joined(found)) for found in texts.values()])
+    texts = {mode: q.joined([a.text for a in answers]) for mode, answers in firsts.items()}
+    counts = {n: common([q.n_ngrams(of_mode, n) for of_mode in ids.values()]) for n in (1, 2, 3)}
+    n_bytes = common(list(map(len, texts.values())))
     return {
         mode: {
             "distinct": {str(n): q.distinct(ids[mode], n, counts[n]) for n in counts},
             "distinct_counts": {str(n): min(counts[n], q.n_ngrams(ids[mode], n)) for n in counts},
-            "compression_ratio": q.compression_ratio(texts[mode], n_bytes),
-            "compression_bytes": min(n_bytes, len(q.joined(texts[mode]))),
-            "self_bleu": None,
-            "memorised": None,
+            "compression_ratio": q.compression_ratio(texts[mode][:n_bytes]),
+            "compression_bytes": min(n_bytes, len(texts[mode])),
         }
         for mode in firsts
     }
 
 
-def _memorised(firsts: dict[str, list[Answer]], train: bins.Split) -> dict[str, dict | None]:
+def _memorised(firsts: dict[str, list[Answer]], train: bins.Split | None) -> dict[str, dict | None]:
     """The share of answers with a run from `train`; None where no answer is long enough."""
+    shares: dict[str, dict | None] = dict.fromkeys(firsts)
+    if not train:
+        return shares
     every = [answer.ids for answers in firsts.values() for answer in answers]
     copied = iter(ngrams.copied(every, train.ids, train.n_tokens))
-    figures: dict[str, dict | None] = {}
     for mode, answers in firsts.items():
         share = q.share([next(copied) for _ in answers])
         long_enough = sum(len(answer.ids) >= ngrams.RUN_TOKENS for answer in answers)
-        figures[mode] = share | {"long_enough": long_enough} if long_enough else None
-    return figures
+        shares[mode] = share | {"long_enough": long_enough} if long_enough else None
+    return shares
+
+
+def _self_bleu(sampled: list[Answer]) -> float | None:
+    """Of the prompts that have several samples; None without sacrebleu."""
+    if not importlib.util.find_spec("sacrebleu"):
+        return None
+    groups: dict[int, list[str]] = {}
+    for answer in sampled:
+        groups.setdefault(answer.number, []).append(answer.text)
+    return q.self_bleu([texts for texts in groups.values() if len(texts) > 1])
 
 
 def _records(prompts: Prompts, by_mode: dict[str, list[Answer]]) -> list[dict]:

@@ -4,16 +4,16 @@ Fixed before the runs. A figure decides by itself; its interval stands beside it
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
-from nanosynth import UserError
 from nanosynth.training.optim import SpikeGuard
-from verdict.runs import BROKEN, Run, numbers
+from verdict import quality
+from verdict.runs import Run, numbers
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
 MAX_PERPLEXITY = 20.0
@@ -30,14 +30,13 @@ THRESHOLDS = {
     "stability": "no NaN, no spike",
     "reproducibility": f"spread <= {MAX_SPREAD:g}",
 }
-FILES = {"perplexity": "eval_ppl.json", "coherence": "tasks.json", "stability": "metrics.jsonl"}
 HOW = {
     "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once "
-    "by the best checkpoint (eval_ppl.py); the interval resamples whole documents. Below "
+    "by the best checkpoint; the interval resamples whole documents. Below "
     f"{MAX_PERPLEXITY:g} passes. All tokens count; where training was on the assistant's tokens "
     "alone, those do, and the verdict says so.",
-    "coherence": "share of held-out validation prompts whose sampled answer passes every part of "
-    f"the rule of eval_tasks.py; {MIN_COHERENT:.0%} or more passes.",
+    "coherence": "share of held-out validation prompts whose sampled answer is coherent; "
+    f"{MIN_COHERENT:.0%} or more passes. {quality.RULE}",
     "stability": "counted over every step in metrics.jsonl. NaN: a loss that is not finite, or a "
     "gradient that is not while there is no loss scale above 1 to blame, or more than "
     f"{MAX_OVERFLOWS} times in a row. Spike: a loss more than {SPIKE_SIGMAS:g} standard deviations "
@@ -104,38 +103,25 @@ class Judgement:
 
 def judge(recipe: list[Run], events: dict[str, Events]) -> list[Judgement]:
     """Three criteria on each run of a recipe, and how well its seeds agree."""
-    by_run = {}
-    for run in recipe:
-        by_run[run.path] = [
-            _judge("perplexity", [run], f"python eval_ppl.py --run={run.path}", perplexity, run),
-            _judge("coherence", [run], f"python eval_tasks.py --run={run.path}", coherence, run),
-            _judge("stability", [run], train_command(run), stability, run, events[run.path]),
-        ]
-    last = _judge("reproducibility", recipe, seeds_command(recipe), reproducibility, recipe, by_run)
-    return [*(j for judged in by_run.values() for j in judged), last]
+    by_run = {
+        run.path: [perplexity(run), coherence(run), stability(run, events[run.path])]
+        for run in recipe
+    }
+    return [*(j for judged in by_run.values() for j in judged), reproducibility(recipe, by_run)]
 
 
-def _judge(
-    criterion: str, on: list[Run], command: str, measure: Callable, *arguments: object
-) -> Judgement:
-    base = {"criterion": criterion, "runs": [run.path for run in on]}
-    try:
-        passes, figure, interval, remark = measure(*arguments)
-    except UserError as why:
-        return Judgement(**base, remark=str(why), command=command)
-    except BROKEN as error:
-        remark = f"{FILES[criterion]} lacks what is wanted of it: {error!r}"
-        return Judgement(**base, remark=remark, command=command)
-    found = {"figure": figure, "interval": interval, "remark": remark}
-    return Judgement(**base, verdict=PASS if passes else FAIL, **found)
+def verdict(passes: bool) -> str:
+    return PASS if passes else FAIL
 
 
-def perplexity(run: Run) -> tuple:
-    """(whether it passes, figure, interval, remark); so do the others."""
+def perplexity(run: Run) -> Judgement:
+    judged = partial(Judgement, criterion="perplexity", runs=[run.path])
+    measure = f"python -m verdict --run={run.path}"
     if not run.perplexity:
-        raise UserError("no eval_ppl.json")
+        return judged(remark="no eval_ppl.json, or it is left out", command=measure)
     if run.data and run.perplexity["data_sha256"] != run.data["files"]["val.bin"]["sha256"]:
-        raise UserError(f"eval_ppl.json is of other data, {run.perplexity['data']}")
+        remark = f"eval_ppl.json is of other data, {run.perplexity['data']}"
+        return judged(remark=remark, command=measure)
     scored = trained_tokens(run)
     remark = f"over {scored['tokens']:,} tokens, {scored['bits_per_byte']:.4f} bits a byte"
     if run.perplexity["loss_on"] == "assistant":
@@ -144,43 +130,60 @@ def perplexity(run: Run) -> tuple:
         remark += f"tokens {every['perplexity']:,.3f}"
     elif answers := run.perplexity.get("assistant"):
         remark += f"; over the assistant's alone {answers['perplexity']:,.3f}"
-    figure = scored["perplexity"]
-    return figure < MAX_PERPLEXITY, figure, scored["perplexity_95"], remark
+    return judged(
+        verdict=verdict(scored["perplexity"] < MAX_PERPLEXITY),
+        figure=scored["perplexity"],
+        interval=scored["perplexity_95"],
+        remark=remark,
+    )
 
 
-def coherence(run: Run) -> tuple:
+def coherence(run: Run) -> Judgement:
+    judged = partial(Judgement, criterion="coherence", runs=[run.path])
     sampled = run.tasks.get("generation", {}).get("validation", {}).get("sampled")
     if not sampled or not sampled["coherent"]["n"]:
-        raise UserError("no sampled answers to validation prompts in tasks.json")
+        remark = "no sampled answers to validation prompts in tasks.json"
+        return judged(remark=remark, command=f"python -m verdict --run={run.path}")
     found = sampled["coherent"]
-    remark = f"{found['passed']:,} of {found['n']:,} answers. {run.tasks['rule']}"
-    return found["share"] >= MIN_COHERENT, found["share"], found["interval"], remark
+    remark = f"{found['passed']:,} of {found['n']:,} answers"
+    if run.tasks.get("rule", quality.RULE) != quality.RULE:
+        remark += f", by another rule: {run.tasks['rule']}"
+    return judged(
+        verdict=verdict(found["share"] >= MIN_COHERENT),
+        figure=found["share"],
+        interval=found["interval"],
+        remark=remark,
+    )
 
 
-def stability(run: Run, events: Events) -> tuple:
+def stability(run: Run, events: Events) -> Judgement:
+    judged = partial(Judgement, criterion="stability", runs=[run.path])
     n_bad = len({*events.not_finite, *events.spikes})
     listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in events._asdict().items()]
     remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
     steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
     if not n_bad and (steps != list(range(wanted)) or wanted <= SpikeGuard.WINDOW):
-        wanted = f"all {wanted:,}" if wanted else "all, how many is not known"
-        window = f"more than the {SpikeGuard.WINDOW} of a spike's window"
-        raise UserError(f"{remark}; wanted {wanted}, and {window}")
-    return not n_bad, n_bad, None, remark
+        said = f"all {wanted:,}" if wanted else "all, how many is not known"
+        remark += f"; wanted {said}, and more than the {SpikeGuard.WINDOW} of a spike's window"
+        return judged(remark=remark, command=train_command(run))
+    return judged(verdict=verdict(not n_bad), figure=n_bad, remark=remark)
 
 
-def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> tuple:
+def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> Judgement:
+    judged = partial(Judgement, criterion="reproducibility", runs=[run.path for run in seeds])
     if len(seeds) < 2:
-        raise UserError("one seed")
+        seed, path = seeds[0].settings.get("seed", 42) + 1, seeds[0].path
+        command = f"{train_command(seeds[0])} --seed={seed} --out_dir={path}-seed{seed}"
+        return judged(remark="one seed: give a --run for each of several", command=command)
     for run in seeds:
         if not run.finished or by_run[run.path][0].verdict == NOT_MEASURED:
-            raise UserError(f"first {run.path} must be finished and its perplexity measured")
+            return judged(remark=f"first {run.path} must be finished and its perplexity measured")
     values = [trained_tokens(run)["perplexity"] for run in seeds]
     spread = (max(values) - min(values)) / fmean(values)
-    agree = len({tuple(judged.verdict for judged in by_run[run.path]) for run in seeds}) == 1
+    agree = len({tuple(j.verdict for j in by_run[run.path]) for run in seeds}) == 1
     remark = f"over {len(seeds)} seeds, perplexity {min(values):,.3f} to {max(values):,.3f}"
     remark += "" if agree else "; the seeds differ in a verdict"
-    return spread <= MAX_SPREAD and agree, spread, None, remark
+    return judged(verdict=verdict(spread <= MAX_SPREAD and agree), figure=spread, remark=remark)
 
 
 def trained_tokens(run: Run) -> dict:
@@ -209,18 +212,7 @@ def recipes(runs: list[Run]) -> list[list[Run]]:
 
 def train_command(run: Run) -> str:
     """How the run was last started; torchrun's own flags are not recorded."""
-    last = [{}, *(run.config.get("starts") or ())][-1]
+    last = [{}, *run.config.get("starts", ())][-1]
     n = last.get("world_size", 1)
     launch = "python" if n == 1 else f"torchrun --standalone --nproc_per_node={n}"
     return f"{launch} {last.get('command', 'train.py config/NAME.py')}"
-
-
-def seeds_command(seeds: list[Run]) -> str:
-    """Trains a second seed where there is one, and compares."""
-    paths, train = [run.path for run in seeds], ""
-    if len(seeds) == 1:
-        seed = seeds[0].settings.get("seed", 42) + 1
-        paths.append(f"{paths[0]}-seed{seed}")
-        train = f"{train_command(seeds[0])} --seed={seed} --out_dir={paths[1]} && "
-        train += f"python eval_ppl.py --run={paths[1]} && "
-    return train + "python report.py " + " ".join(f"--run={path}" for path in paths)

@@ -35,6 +35,10 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
+def paragraphs(text: str) -> list[str]:
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
 def sentences(text: str) -> int:
     """Stretches that end with . ! or ? before a space or the end, or with the text."""
     return len([part for part in re.split(r"[.!?]+[\"'”)]*(?:\s+|$)", text) if part.strip()])
@@ -51,10 +55,9 @@ def items(text: str) -> int:
     return len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", tail) if part.strip()])
 
 
-def in_order(text: str, wanted: list[str]) -> bool:
-    """Each wanted word once, one after the other."""
-    found = [word for word in lower_words(text) if word in wanted]
-    return found == wanted
+def in_order(text: str, words: list[str]) -> bool:
+    """Each of the words once, one after the other."""
+    return [word for word in lower_words(text) if word in words] == words
 
 
 def is_json(text: str, keys: list[str]) -> bool:
@@ -71,38 +74,38 @@ def quoted(text: str) -> bool:
     return len(inner) > 2 and inner[0] in '"“' and inner[-1] in '"”'
 
 
-CHECKS = {
-    "one_word": lambda text: len(words(text)) == 1,
-    "n_words": lambda text, n: len(words(text)) == n,
-    "max_words": lambda text, n: len(words(text)) <= n,
-    "min_words": lambda text, n: len(words(text)) >= n,
-    "n_items": lambda text, n: items(text) == n,
-    "numbered": lambda text, n: _NUMBER.findall(text) == [str(k + 1) for k in range(n)],
-    "bullets": lambda text, n: len(_BULLET.findall(text)) == n,
-    "n_lines": lambda text, n: len(lines(text)) == n,
-    "n_sentences": lambda text, n: sentences(text) == n,
-    "n_paragraphs": lambda text, n: len([p for p in re.split(r"\n\s*\n", text) if p.strip()]) == n,
-    "upper_case": lambda text: text.isupper(),
-    "lower_case": lambda text: text.islower(),
-    "starts_with": lambda text, text_wanted: text.strip().startswith(text_wanted),
-    "ends_with": lambda text, text_wanted: text.strip().rstrip(".").endswith(text_wanted),
-    "equals": lambda text, text_wanted: plain(text) == plain(text_wanted),
-    "one_of": lambda text, options: plain(text).lower() in options,
-    "contains": lambda text, words: set(words) <= set(lower_words(text)),
-    "contains_text": lambda text, texts: all(part in text for part in texts),
-    "excludes": lambda text, words: not set(words) & set(lower_words(text)),
-    "excludes_text": lambda text, texts: not any(part in text for part in texts),
-    "in_order": lambda text, words: in_order(text, words),
+CHECKS = {  # of an answer, by kind; the other arguments are those of the check
+    "one_word": lambda answer: len(words(answer)) == 1,
+    "n_words": lambda answer, n: len(words(answer)) == n,
+    "max_words": lambda answer, n: len(words(answer)) <= n,
+    "min_words": lambda answer, n: len(words(answer)) >= n,
+    "n_items": lambda answer, n: items(answer) == n,
+    "numbered": lambda answer, n: _NUMBER.findall(answer) == [str(k + 1) for k in range(n)],
+    "bullets": lambda answer, n: len(_BULLET.findall(answer)) == n,
+    "n_lines": lambda answer, n: len(lines(answer)) == n,
+    "n_sentences": lambda answer, n: sentences(answer) == n,
+    "n_paragraphs": lambda answer, n: len(paragraphs(answer)) == n,
+    "upper_case": str.isupper,
+    "lower_case": str.islower,
+    "starts_with": lambda answer, text: answer.strip().startswith(text),
+    "ends_with": lambda answer, text: answer.strip().rstrip(".").endswith(text),
+    "equals": lambda answer, text: plain(answer) == plain(text),
+    "one_of": lambda answer, options: plain(answer).lower() in options,
+    "contains": lambda answer, words: set(words) <= set(lower_words(answer)),
+    "contains_text": lambda answer, texts: all(part in answer for part in texts),
+    "excludes": lambda answer, words: not set(words) & set(lower_words(answer)),
+    "excludes_text": lambda answer, texts: not any(part in answer for part in texts),
+    "in_order": in_order,
     "quoted": quoted,
     "json": is_json,
 }
 
 
-def obeys(text: str, check: dict) -> bool:
-    """Does `text` do what the prompt asked? An answer without a letter or digit never does."""
-    arguments = {("text_wanted" if k == "text" else k): v for k, v in check.items() if k != "kind"}
-    has_content = any(char.isalnum() for char in text)
-    return has_content and bool(CHECKS[check["kind"]](text, **arguments))
+def obeys(answer: str, check: dict) -> bool:
+    """Does an answer do what the prompt asked? One without a letter or digit never does."""
+    arguments = {name: value for name, value in check.items() if name != "kind"}
+    has_content = any(char.isalnum() for char in answer)
+    return has_content and bool(CHECKS[check["kind"]](answer, **arguments))
 
 
 def read_prompts(path: Path) -> list[dict]:

@@ -116,9 +116,8 @@ def distinct(answers: Sequence[Sequence[int]], n: int, count: int) -> float:
     return len(set(first)) / len(first) if first else 0.0
 
 
-def compression_ratio(texts: Sequence[str], n_bytes: int) -> float:
-    """Size before over size after zlib, of the first `n_bytes`; higher is more repetitive."""
-    data = joined(texts)[:n_bytes]
+def compression_ratio(data: bytes) -> float:
+    """Size before over size after zlib; higher is more repetitive. It grows with the size."""
     return len(data) / len(zlib.compress(data, 9)) if data else 0.0
 
 

@@ -97,9 +97,9 @@ def test_distinct_counts_the_same_number_of_ngrams():
 
 
 def test_compression_is_higher_for_repetition():
-    varied, repeated = [PROSE], ["good " * 40]
-    assert quality.compression_ratio(repeated, 150) > 2 * quality.compression_ratio(varied, 150)
-    assert quality.compression_ratio([], 10) == 0.0
+    varied, repeated = quality.joined([PROSE])[:150], quality.joined(["good " * 40])[:150]
+    assert quality.compression_ratio(repeated) > 2 * quality.compression_ratio(varied)
+    assert quality.compression_ratio(b"") == 0.0
 
 
 def test_self_bleu_of_identical_and_of_disjoint_samples():

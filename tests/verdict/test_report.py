@@ -3,17 +3,15 @@
 import json
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nanosynth import UserError, checkpoint
-from nanosynth.training import provenance
 from tiny import command, train_run
-from verdict import criteria, curves, report, runs
+from verdict import criteria, curves, figures, report, runs
+from verdict.__main__ import VerdictConfig
 from verdict.criteria import FAIL, NOT_MEASURED, PASS
 
 N_STEPS = 400
@@ -85,7 +83,7 @@ def compose(*folders: str) -> tuple[str, dict]:
     """What report.md and report.json of these runs hold."""
     loaded = [runs.read(path) for path in folders]
     events = {run.path: criteria.find_events(run.train) for run in loaded}
-    return report.compose(loaded, events, n_samples=5)
+    return report.compose(loaded, events, n_samples=5)[:2]
 
 
 def verdicts(found: dict) -> dict[str, str]:
@@ -178,14 +176,15 @@ def test_perplexity_at_its_threshold(value, verdict):
 def test_coherence_at_its_threshold(share, verdict):
     judged = judge(runs.Run(path="x", tasks=tasks_of(share)))["coherence"]
     assert judged.verdict == verdict and judged.figure == share
-    assert f"{share * 1000:.0f} of 1,000 answers. it is what the test says" in judged.remark
+    assert f"{share * 1000:.0f} of 1,000 answers" in judged.remark
+    assert "by another rule: it is what the test says" in judged.remark
 
 
 def test_what_is_not_measured_names_its_command():
     judged = judge(runs.Run(path="out/x"))
     assert {judgement.verdict for judgement in judged.values()} == {NOT_MEASURED}
-    assert judged["perplexity"].command == "python eval_ppl.py --run=out/x"
-    assert judged["coherence"].command == "python eval_tasks.py --run=out/x"
+    for name in ("perplexity", "coherence"):
+        assert judged[name].command == "python -m verdict --run=out/x"
     assert judged["stability"].command == "python train.py config/NAME.py"
     assert "--seed=43 --out_dir=out/x-seed43" in judged["reproducibility"].command
 
@@ -224,13 +223,16 @@ def seeds(tmp_path, *values: float, **changes: object) -> list[str]:
 
 def test_seeds_give_mean_deviation_and_range(tmp_path):
     text, found = compose(*seeds(tmp_path, 10.0, 10.2, 10.4))
-    assert set(verdicts(found).values()) == {PASS} and ": yes (" in found["headlines"][0]
+    assert set(verdicts(found).values()) == {PASS}
+    assert ": yes: perplexity 10.00 to 10.40 PASS, coherence 95.0% PASS" in found["headlines"][0]
+    assert "reproducibility spread 3.9% PASS" in found["headlines"][0]
     (spread,) = found["figures"]["spread"].values()
     wanted = {"mean": 10.2, "stdev": 0.2, "lowest": 10.0, "highest": 10.4}
-    assert spread["perplexity, all tokens"] == pytest.approx(wanted)
+    assert spread["all tokens: perplexity"] == pytest.approx(wanted)
     (judged,) = [j for j in found["criteria"] if j["criterion"] == "reproducibility"]
     assert judged["figure"] == pytest.approx(0.4 / 10.2)
     assert "over 3 seeds, perplexity 10.000 to 10.400" in text
+    assert "| validation, sampled: coherent " in text and "| validation, greedy: ends " in text
 
 
 def test_seeds_far_apart_or_of_unlike_verdict_fail(tmp_path):
@@ -238,15 +240,42 @@ def test_seeds_far_apart_or_of_unlike_verdict_fail(tmp_path):
     assert verdicts(found)["reproducibility"] == FAIL
     text, found = compose(*seeds(tmp_path / "b", 19.9, 20.1))
     assert verdicts(found)["reproducibility"] == FAIL
-    assert "the seeds differ in a verdict" in text and ": no (" in found["headlines"][0]
+    assert "the seeds differ in a verdict" in text and ": no: perplexity" in found["headlines"][0]
 
 
 def test_one_seed_is_no_measurement(tmp_path):
-    path = write_run(tmp_path / "x", eval_ppl=perplexity_of(10.0))
-    _, found = compose(path)
+    path = write_run(tmp_path / "x", eval_ppl=perplexity_of(1.523), tasks=tasks_of(0.995))
+    text, found = compose(path)
     judged = found["criteria"][-1]
     assert judged["verdict"] == NOT_MEASURED and f"--out_dir={path}-seed43" in judged["command"]
-    assert ": not known yet (" in found["headlines"][0]
+    known = "perplexity 1.52 PASS, coherence 99.5% PASS, stability PASS"
+    assert found["headlines"] == [f"{path}: {known}; reproducibility needs a second seed"]
+    assert "NOT MEASURED" not in text
+
+
+@pytest.mark.parametrize(
+    ("files", "headline"),
+    [
+        (
+            {"eval_ppl": perplexity_of(21.0), "tasks": tasks_of(0.95)},
+            "no: perplexity 21.00 FAIL, coherence 95.0% PASS, stability PASS; "
+            "reproducibility needs a second seed",
+        ),
+        (
+            {"eval_ppl": perplexity_of(9.0)},
+            "perplexity 9.00 PASS, stability PASS; coherence is not measured; "
+            "reproducibility needs a second seed",
+        ),
+        (
+            {"records": []},
+            "perplexity is not measured; coherence is not measured; stability is not measured; "
+            "reproducibility needs a second seed; training is not finished",
+        ),
+    ],
+)
+def test_the_headline_says_what_is_known(tmp_path, files, headline):
+    path = write_run(tmp_path / "x", **files)
+    assert compose(path)[1]["headlines"] == [f"{path}: {headline}"]
 
 
 def test_a_seed_that_comes_twice_counts_once(tmp_path):
@@ -269,7 +298,7 @@ def test_recipes_are_compared_at_equal_tokens(tmp_path):
     assert len(found["headlines"]) == 2 and found["figures"]["spread"] == {}
     at = [found["figures"]["by_run"][path]["validation loss at 20,000 tokens"] for path in paths]
     assert at == [3.5, 2.5]
-    assert "| --n_layer " in text and f"{paths[1]}: not known yet, training is not" in text
+    assert "| --n_layer " in text and "training is not finished" in found["headlines"][1]
 
 
 def test_a_run_under_way_does_not_enter_the_spread(tmp_path):
@@ -280,7 +309,7 @@ def test_a_run_under_way_does_not_enter_the_spread(tmp_path):
     )
     _, found = compose(*paths, under_way)
     (spread,) = found["figures"]["spread"].values()
-    assert spread["perplexity, all tokens"]["highest"] == 10.2
+    assert spread["all tokens: perplexity"]["highest"] == 10.2
     assert list(found["figures"]["spread"]) == [", ".join(paths)]
     judged = found["criteria"][-1]
     assert judged["verdict"] == NOT_MEASURED and "x must be finished" in judged["remark"]
@@ -303,7 +332,7 @@ def test_time_is_added_up_over_starts_on_different_machines():
     records = train_records(4, s3={"tokens_per_second": 50.0, "mfu": 0.1})
     run = runs.Run(path="x", config=config_of("x") | {"starts": starts}, train=records)
     run.val = [val_record(4, 3.0)]
-    found = runs.figures(run)  # 100 tokens a step: 0.5 s, 0.5 s, then 0.5 s and 2 s
+    found = figures.figures(run)  # 100 tokens a step: 0.5 s, 0.5 s, then 0.5 s and 2 s
     assert found["hours"] * 3600 == pytest.approx(3.5 + 10)
     assert found["device-hours"] * 3600 == pytest.approx(8 * 1.0 + 2 * 2.5 + 2 * 10)
     assert found["tokens a second"] == pytest.approx(400 / 3.5)
@@ -314,7 +343,7 @@ def test_the_gap_leaves_skipped_steps_out():
     records = train_records(200, s150={"loss": 99.0, "skipped": 1}, s151={"loss": None})
     run = runs.Run(path="x", train=records, val=[val_record(100, 9.0), val_record(200, 3.5)])
     mean = np.mean([r["loss"] for r in records[70:] if r["step"] not in (150, 151)])
-    assert runs.gap(run) == pytest.approx(3.5 - mean)
+    assert figures.gap(run) == pytest.approx(3.5 - mean)
 
 
 def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
@@ -340,13 +369,15 @@ def test_a_run_of_its_own_folder(tiny_bins, run_dir, tmp_path):
     ]
     (path / "task_generations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     (path / "generations.jsonl").write_text("")
-    config = report.ReportConfig(run=(str(path),), samples=2)
-    report.main(config)
+    in_short = report.write([runs.read(str(path))], path, 2)
+    assert "| " not in in_short and "\ncoherence " in in_short and "0.5" in in_short
+    assert in_short.endswith(f"written: {path}/report.md, report.json, curves.png")
     text = (path / "report.md").read_text()
     assert "answer 0" in text and "answer 1" in text and "\n    ```\n" in text
     assert "answer 2" not in text and "of another set" not in text
     assert "6 steps; not finite: none" in text and "`0.1`" in text
-    assert "| coherent, sampled, validation " in text and "| score, quiz " in text
+    assert "| validation, greedy | validation, sampled |" in text and "| quiz: acc " in text
+    assert "| coherent " in text and "| coherent, 95% interval |" in text
     assert "it is what the test says" in text
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(path.glob(".tmp-*"))
@@ -362,10 +393,10 @@ def test_a_torn_last_line_and_broken_files_are_said(tmp_path):
     checkpoint.folder(tmp_path / "x", 400).mkdir()
     text, found = compose(path)
     assert (
-        f"{path}/metrics.jsonl: left out, as torn or lacking a field: line 402, 403, 404 of 404"
+        f"{path}/metrics.jsonl: left out, as torn or not of its form: line 402, 403, 404 of 404"
         in text
     )
-    assert "eval_ppl.json lacks what is wanted of it: KeyError" in text
+    assert "eval_ppl.json is left out: it lacks checkpoint, data, data_sha256, loss_on" in text
     assert "tasks.json is left out: JSONDecodeError" in text
     assert "step_000400/meta.json cannot be read" in text
     assert "no prepared data in 'missing'" in text
@@ -380,7 +411,7 @@ def test_files_of_another_form_leave_the_rest_of_the_report(tmp_path):
     path = write_run(tmp_path / "x", tasks={"generation": [1]}, eval_ppl=scored)
     (tmp_path / "x" / "generations.jsonl").write_text('{"prompt": null}\n')
     text, found = compose(path)
-    assert "tasks.json is left out: AttributeError" in text
+    assert "tasks.json is left out: generation is [1], wanted {...}" in text
     assert verdicts(found)["stability"] == PASS and verdicts(found)["perplexity"] == FAIL
     assert found["criteria"][0]["figure"] is None  # JSON has no NaN
 
@@ -391,7 +422,7 @@ def test_a_single_file_is_enough(tmp_path, name):
     (tmp_path / "x").mkdir()
     shutil.copy(tmp_path / "whole" / name, tmp_path / "x")
     _, found = compose(str(tmp_path / "x"))
-    assert len(verdicts(found)) == 4 and ": not known yet" in found["headlines"][0]
+    assert len(verdicts(found)) == 4 and "is not measured" in found["headlines"][0]
     assert any("there is none; train.py saves them" in note for note in found["notes"])
 
 
@@ -418,59 +449,98 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds nothing of a run"):
         runs.read(str(tmp_path))
     with pytest.raises(UserError, match="--run names a folder twice"):
-        report.ReportConfig(run=("tests", "./tests"))
-    done = command("report.py", f"--run={tmp_path}")
+        VerdictConfig(run=("tests", "./tests"))
+    done = command("-m", "verdict", f"--run={tmp_path}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("report.py: error:") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("verdict: error:") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    config = report.ReportConfig(
-        run=(write_run(tmp_path / "x"),), output_dir=str(tmp_path / "x" / "config.json")
-    )
+    run = runs.read(write_run(tmp_path / "x"))
     with pytest.raises(UserError, match="use another --output_dir"):
-        report.main(config)
+        report.write([run], tmp_path / "x" / "config.json", 5)
 
 
-# Where a run comes from
+KINDS = (None, True, -1, 0, 3, 1.5, 1e308, math.nan, math.inf, "x", "", [], [1], {}, {"x": {}})
 
 
-def test_a_run_keeps_its_starts(tiny_bins, tmp_path):
-    for max_steps in (3, 6):
-        train_run(tiny_bins, tmp_path / "x", max_steps=max_steps, save_interval=3)
-    config = json.loads((tmp_path / "x" / "config.json").read_text())
-    assert [start["first_step"] for start in config["starts"]] == [0, 3]
-    assert all(start["command"] and start["date"] for start in config["starts"])
-    assert config["torch"] == torch.__version__ and config["python"]
-    assert runs.read(str(tmp_path / "x")).config == config
+def places(content: object, *path: object) -> list[tuple]:
+    """The path to every value in a JSON object."""
+    inside = content.items() if isinstance(content, dict) else ()
+    inside = enumerate(content) if isinstance(content, list) else inside
+    return [path, *(place for key, value in inside for place in places(value, *path, key))]
 
 
-def test_the_command_is_kept_as_it_was_given(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/a/train.py", "config/500m.py", "--out_dir=out/a b"])
-    (start,) = provenance.starts(tmp_path / "config.json", world_size=8, device="x", first_step=0)
-    assert start["command"] == "train.py config/500m.py '--out_dir=out/a b'"
+def replace(content: object, path: tuple, value: object) -> object:
+    if not path:
+        return value
+    changed = content.copy()
+    changed[path[0]] = replace(content[path[0]], path[1:], value)
+    return changed
+
+
+def without(content: object, path: tuple) -> object:
+    changed = content.copy()
+    if len(path) == 1:
+        del changed[path[0]]
+    else:
+        changed[path[0]] = without(content[path[0]], path[1:])
+    return changed
+
+
+def files_of_every_kind() -> dict[str, object]:
+    scored = perplexity_of(5.0, assistant=perplexity_of(4.0)["all"], loss_on="assistant")
+    tasks = tasks_of(0.95)
+    tasks["zero_shot"]["quiz"] |= {"chance": 0.25, "metrics": {"acc": 0.31}}
+    other = {"model": "m", "metric": "acc", "score": 0.4, "source": "s"}
+    tasks |= {"published": {"quiz": [other]}, "settings": {"generation": {"seconds": 3.0}}}
+    start = {"first_step": 0, "world_size": 8, "command": "train.py", "date": "d"}
+    sample = {"prompt": "P", "text": "T", "finish": "stop", "tokens": 3, "exact": True}
+    return {
+        "config.json": config_of("x") | {"starts": [start]},
+        "eval_ppl.json": scored,
+        "tasks.json": tasks,
+        "generations.jsonl": sample | {"set": "validation", "mode": "sampled", "coherent": True},
+        "metrics.jsonl": train_records(3)[2],
+        "metrics.jsonl of validation": val_record(3, 3.0),
+    }
+
+
+@pytest.mark.parametrize("name", files_of_every_kind())
+def test_no_value_of_another_kind_breaks_the_report(tmp_path, name):
+    """Every value of every file replaced by each of KINDS, or left out: two runs are reported."""
+    whole, edited = tmp_path / "whole", tmp_path / "edited"
+    files, records = files_of_every_kind(), [*train_records(3), val_record(3, 3.1)]
+    scored = {"eval_ppl": files["eval_ppl.json"], "tasks": files["tasks.json"]}
+    config = config_of("x") | {"max_steps": 3}
+    first = runs.read(write_run(whole, config=config, records=records, **scored))
+    config["settings"]["seed"] += 1
+    write_run(edited, config=config, records=records, **scored)
+    content, file = files[name], edited / name.split()[0]
+    before = file.read_text() if name.startswith("metrics") else ""
+    for path in places(content):
+        variants = [replace(content, path, value) for value in KINDS]
+        for variant in [*variants, without(content, path)] if path else variants:
+            file.write_text(before + json.dumps(variant))
+            loaded = [first, runs.read(str(edited))]
+            events = {run.path: criteria.find_events(run.train) for run in loaded}
+            json.dumps(report.compose(loaded, events, 5)[1], allow_nan=False)
+
+
+def test_a_bug_of_the_report_is_not_a_file_left_out(tmp_path, monkeypatch):
+    def broken(run: runs.Run) -> float:
+        raise TypeError("of our own making")
+
+    monkeypatch.setattr(figures, "gap", broken)
+    with pytest.raises(TypeError, match="of our own making"):
+        compose(write_run(tmp_path / "x"))
+
+
+def test_how_a_run_was_started_is_shown_with_its_processes():
+    start = {"command": "train.py config/500m.py '--out_dir=out/a b'", "world_size": 8}
     run = runs.Run(path="x", config={"starts": [start]})
     wanted = f"torchrun --standalone --nproc_per_node=8 {start['command']}"
     assert criteria.train_command(run) == wanted
-
-
-def test_the_commit_is_dirty_where_files_differ_and_none_without_git(tmp_path):
-    git = ("git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x")
-    assert provenance.commit(tmp_path / "missing") is None
-    subprocess.run([*git, "init", "-q"], check=True)
-    assert provenance.commit(tmp_path) is None  # no commit yet
-    (tmp_path / "file").write_text("a")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    clean = provenance.commit(tmp_path)
-    assert len(clean) == 40
-    (tmp_path / "file").write_text("b")
-    assert provenance.commit(tmp_path) == f"{clean}-dirty"
-
-
-def test_starts_of_a_broken_config_are_forgotten(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    assert len(provenance.starts(tmp_path / "config.json", first_step=0)) == 1
 
 
 def test_tasks_stand_beside_chance_and_published_figures():

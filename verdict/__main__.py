@@ -1,0 +1,300 @@
+"""The verdict on one run or several: measures what is not measured yet, then reports.
+
+Usage:
+    python -m verdict --run=out/500m
+    python -m verdict --run=out/500m --run=out/500m-seed43 --run=out/1b
+    python -m verdict --run=out/500m --only=tasks --generation=False --tasks=lambada_openai
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanosynth import UserError, settings
+from nanosynth.settings import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictConfig(settings.Settings):
+    """Measure a run where it is not measured yet (eval_ppl.json, tasks.json), judge it by the
+    criteria, and write report.md, report.json and curves.png.
+    """
+
+    run: settings.MANY = setting(
+        ("out/demo",),
+        "a run's folder; give it again for more seeds, or to compare recipes",
+        group="The runs",
+        path=True,
+    )
+    step: str = setting("best", "which checkpoint is measured: best, latest or a step's number")
+    only: Literal["", "perplexity", "tasks", "report"] = setting(
+        "", "measure this alone, and anew; report: measure nothing. The report is always written"
+    )
+    data_dir: str = setting("", "prepared bins; empty: those the run was trained on", path=True)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto",
+        "auto: float16 on CUDA; on a CPU float32 (fewer ties), and for the perplexity bfloat16 "
+        "where it has that",
+    )
+    batch_size: int = setting(64, "sequences of answers or tasks taken together", at_least=1)
+    generation: bool = setting(True, "measure generated answers", group="Generated answers")
+    num_prompts: int = setting(200, "validation prompts, one of a conversation; 0: all", at_least=0)
+    prompts: str = setting(
+        "", "prompts with checks, .jsonl; empty: data/tasks/prompts.jsonl", path=True
+    )
+    num_samples: int = setting(
+        4, "samples of each of a set's first 32 prompts, for self-BLEU", at_least=2
+    )
+    max_new_tokens: int = setting(1024, "longest answer; half the context at most", at_least=1)
+    temperature: float = setting(0.8, "of the sampled answers", above=0)
+    top_k: int = setting(0, "keep the k likeliest tokens; 0: all", at_least=0)
+    top_p: float = setting(
+        0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
+    )
+    seed: int = setting(42, "of the sampling", at_least=0)
+    tasks: str = setting(
+        "local",
+        "names with commas between; local: our three; empty: none",
+        group="Zero-shot tasks",
+    )
+    limit: int = setting(0, "documents of each task; 0: all", at_least=0)
+    chat_format: bool = setting(False, "put the tasks' contexts into a user's turn")
+    output_dir: str = setting(
+        "", "where the report goes; empty: the first run's folder", group="The report", path=True
+    )
+    samples: int = setting(
+        5, "answers shown of each run, to the first prompts of its file", at_least=0
+    )
+
+    def check(self) -> None:
+        if len({Path(path).resolve() for path in self.run}) < len(self.run):
+            raise UserError(f"--run names a folder twice: {', '.join(self.run)}")
+        if self.only == "tasks" and not self.generation and not self.tasks:
+            raise UserError("nothing to measure: wanted --generation=True or --tasks=NAMES")
+
+
+if __name__ == "__main__":
+    arguments = settings.from_argv(VerdictConfig)  # before torch takes its time
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+import eval_ppl
+from nanosynth import checkpoint, tokenizer
+from nanosynth.data import bins
+from nanosynth.device import choose_device, choose_dtype, device_name
+from nanosynth.files import write_atomically
+from nanosynth.inference.generation import Sampling
+from nanosynth.inference.load import load
+from verdict import LOCAL_TASKS, TASKS_DIR, answers, instructions, quality, report, runs
+
+FORMAT_VERSION = 1  # of tasks.json
+INSTALL = "pip install -r requirements-eval.txt"
+
+
+def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
+    """Measure what --only names, or what is missing; a line for each thing that could not be."""
+    try:
+        # The best one's is read already, and is verified where it is used: hashing a large
+        # checkpoint takes longer than finding that all is measured.
+        meta = run.meta if config.step == "best" else {}
+        meta = meta or checkpoint.read_meta(checkpoint.find(run.path, config.step))
+    except UserError as error:
+        return [f"{run.path}: nothing is measured: {error}"]
+    notices, parts = [], list(wanted_parts(run, meta, config))
+    if not parts:
+        print(f"{run.path}, step {meta['step']}: is measured; --only=PART measures a part anew")
+    for name, part in parts:
+        print(f"{run.path}, step {meta['step']}: measuring {name}", flush=True)
+        try:
+            notices += part()
+        except UserError as error:
+            notices.append(f"{name} not measured: {error}")
+    return [f"{run.path}: {notice}" for notice in notices]
+
+
+def wanted_parts(
+    run: runs.Run, meta: dict, config: VerdictConfig
+) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """(name, what measures it) of what --only names; without it, of what is missing, or of another
+    step or other data. Each gives a line for whatever it had to leave out.
+    """
+    tasks = earlier_tasks(run, meta)
+    is_scored = bool(run.perplexity) and run.scored_step == meta["step"]
+    is_answered = bool(tasks["generation"])
+    with contextlib.suppress(UserError):  # without the bins, what was measured stays
+        val = bins.read_meta(data_dir(meta, config))["files"]["val.bin"]
+        is_scored &= val["sha256"] == run.perplexity.get("data_sha256")
+        is_answered &= "validation" in tasks["generation"]
+    asked_before = {scored.get("asked_as") for scored in tasks["zero_shot"].values()}
+    known = {*tasks["zero_shot"], *asked_before} if not config.only else ()
+    names = [name for name in task_names(config.tasks) if name not in known]
+    if config.only == "perplexity" or not (config.only or is_scored):
+        yield "the perplexity", partial(measure_perplexity, run, meta, config)
+    if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
+        yield "answers", partial(measure_answers, run, meta, tasks, config)
+    if names and config.only != "perplexity":
+        yield "zero-shot tasks", partial(measure_zero_shot, run, meta, tasks, config, names)
+
+
+def measure_perplexity(run: runs.Run, meta: dict, config: VerdictConfig) -> list[str]:
+    """eval_ppl.json."""
+    wanted = {"data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
+    eval_ppl.main(eval_ppl.EvalConfig(run=run.path, step=str(meta["step"]), **wanted))
+    return []
+
+
+def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> list[str]:
+    """The part `generation` of tasks.json, and task_generations.jsonl."""
+    started = time.perf_counter()
+    device, dtype = place(config)
+    model, *_ = load(run.path, str(meta["step"]), device=device, dtype=dtype)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    limits = {"block_size": model.config.block_size, "sampling": sampling}
+    sets = [answers.checked_prompts(prompts_file(config), **limits)]
+    val, train, notices = open_data(meta, data_dir(meta, config))
+    if val:
+        sets.insert(0, answers.validation_prompts(val, config.num_prompts, **limits))
+    if not importlib.util.find_spec("sacrebleu"):
+        notices.append(f"self-BLEU not measured: sacrebleu is missing; {INSTALL}")
+    tasks["generation"], records = {}, []
+    for prompts in sets:
+        if len(prompts.ids) < 2:  # a prompt is measured against another
+            notices.append(f"{prompts.name} not measured: {len(prompts.ids)} prompts fit, wanted 2")
+            tasks["generation"][prompts.name] = {}  # so that it is not tried each time
+            continue
+        tasks["generation"][prompts.name], of_set = answers.measure(
+            model,
+            prompts,
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            train=train,
+            sampling=sampling,
+        )
+        records += of_set
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(Path(run.path) / "task_generations.jsonl", "".join(lines))
+    write_tasks(run, tasks, "generation", config, started)
+    return notices
+
+
+def measure_zero_shot(
+    run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig, names: list[str]
+) -> list[str]:
+    """The part `zero_shot` of tasks.json; figures of tasks that are not asked for stay."""
+    started = time.perf_counter()
+    try:
+        from verdict.tasks import as_lm, measure
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name.split('.')[0]} is missing; {INSTALL}") from None
+    lm = as_lm(run.path, str(meta["step"]), *place(config), config.batch_size)
+    how = {"limit": config.limit, "chat_format": config.chat_format}
+    figures, not_run = measure(lm, names, **how)
+    tasks["zero_shot"] |= {task: scored | how for task, scored in figures.items()}
+    write_tasks(run, tasks, "zero_shot", config, started)
+    return not_run
+
+
+def place(config: VerdictConfig) -> tuple[torch.device, torch.dtype]:
+    """Where answers and tasks are computed; on a CPU in float32, which has fewer ties."""
+    device = choose_device(config.device)
+    is_plain = config.dtype == "auto" and device.type != "cuda"
+    return device, choose_dtype("float32" if is_plain else config.dtype, device)
+
+
+def prompts_file(config: VerdictConfig) -> Path:
+    return Path(config.prompts or TASKS_DIR / "prompts.jsonl")
+
+
+def data_dir(meta: dict, config: VerdictConfig) -> str:
+    """The bins to measure on; those of the run, empty where it has none."""
+    return config.data_dir or meta.get("settings", {}).get("data_dir", "")
+
+
+def open_data(meta: dict, path: str) -> tuple[bins.Split | None, bins.Split | None, list[str]]:
+    """(validation, training, notices); None where the bins are gone or were never there."""
+    try:
+        val, train = bins.Split(path, "val"), bins.Split(path, "train")
+    except UserError as error:
+        return None, None, [f"validation prompts and memorisation not measured: {error}"]
+    ranks = val.meta.get("tokenizer", {}).get("ranks_sha256", tokenizer.RANKS_SHA256)
+    if ranks != tokenizer.RANKS_SHA256:
+        raise UserError(f"{path} was made with another tokenizer; run prepare.py again")
+    if train.sha256 == meta["identity"].get("data_sha256"):
+        return val, train, []
+    other = f"{train.path} is not what the run was trained on: 'memorised' counts that"
+    return val, train, [other]
+
+
+def task_names(tasks: str) -> list[str]:
+    """The names in `tasks`, `local` standing for ours; each once.
+
+    >>> task_names("local,piqa")
+    ['questions', 'completion', 'reasoning', 'piqa']
+    """
+    names: list[str] = []
+    for name in filter(None, (part.strip() for part in tasks.split(","))):
+        names += LOCAL_TASKS if name == "local" else [name]
+    return list(dict.fromkeys(names))
+
+
+def earlier_tasks(run: runs.Run, meta: dict) -> dict:
+    """tasks.json to go on with: its parts that are of this step."""
+    facts = {"format_version": FORMAT_VERSION, "run": run.path, "step": meta["step"]}
+    facts |= {"torch": torch.__version__, "rule": quality.RULE}
+    is_current = all(run.tasks.get(key) == facts[key] for key in ("format_version", "step"))
+    earlier = run.tasks if is_current else {}
+    return facts | {key: earlier.get(key, {}) for key in ("settings", "generation", "zero_shot")}
+
+
+def write_tasks(
+    run: runs.Run, tasks: dict, part: str, config: VerdictConfig, started: float
+) -> None:
+    """tasks.json, with how this part of it was measured and how long that took."""
+    device, dtype = place(config)
+    used = {"dtype": str(dtype).removeprefix("torch."), "seconds": time.perf_counter() - started}
+    tasks["settings"][part] = asdict(config) | used
+    tasks["device"] = device_name(device)
+    tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())
+    others = json.loads((TASKS_DIR / "published.json").read_text())
+    tasks["published"] = {task: others[task] for task in tasks["zero_shot"] if task in others}
+    write_atomically(Path(run.path) / "tasks.json", json.dumps(tasks, indent=2))
+
+
+def main(config: VerdictConfig) -> None:
+    loaded = [runs.read(path) for path in config.run]  # no run there: said before hours of work
+    notices: list[str] = []
+    if config.only != "report":
+        choose_device(config.device)
+        instructions.read_prompts(prompts_file(config))
+        if config.data_dir:
+            bins.read_meta(config.data_dir)
+        for run in loaded:
+            notices += measure(run, config)
+        before = [note for run in loaded for note in run.notes]
+        loaded = [runs.read(path) for path in config.run]
+        after = [note for run in loaded for note in run.notes]
+        notices += [f"{note}; measured anew" for note in before if note not in after]
+    folder = Path(config.output_dir or config.run[0])
+    print(f"\n{report.write(loaded, folder, config.samples)}")
+    for notice in notices:
+        print(notice, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with settings.one_line_errors():
+        main(arguments)

@@ -1,0 +1,85 @@
+"""The figures of a run by name: what stands side by side in a report and is spread over seeds."""
+
+from collections.abc import Iterator
+from statistics import fmean
+
+from verdict.runs import Run
+from verdict.schemas import KINDS
+
+GAP_STEPS = 128  # training steps whose mean loss stands beside a validation loss
+
+
+def timing(run: Run) -> dict[str, float]:
+    """Speed and hours, added up step by step, so that pauses don't count."""
+    timed = [(r, run.tokens_per_step / r["tokens_per_second"]) for r in run.train]
+    train = sum(seconds for _, seconds in timed)
+    if not train:
+        return {}
+    mfu = sum(seconds * (record["mfu"] or 0) for record, seconds in timed) / train
+    named = {"tokens a second": len(timed) * run.tokens_per_step / train}
+    named |= {"hours": 0.0, "device-hours": 0.0} | ({"MFU": mfu} if mfu else {})
+    for record, seconds in [*timed, *((r, r["seconds"]) for r in run.val)]:
+        # A resumed run may have had another number of devices from a step on.
+        starts = [s for s in run.config.get("starts", ()) if s["first_step"] <= record["step"]]
+        n_devices = (starts[-1] if starts else run.config).get("world_size", 1)
+        named["hours"] += seconds / 3600
+        named["device-hours"] += seconds / 3600 * n_devices
+    return named
+
+
+def gap(run: Run) -> float | None:
+    """The last validation loss less the mean of the GAP_STEPS accepted training losses before."""
+    evaluated = [record for record in run.val if record["loss"] is not None]
+    end = evaluated[-1]["step"] if evaluated else 0
+    accepted = [r for r in run.train if r["loss"] is not None and not r["skipped"]]
+    before = [record["loss"] for record in accepted if record["step"] < end][-GAP_STEPS:]
+    return evaluated[-1]["loss"] - fmean(before) if before else None
+
+
+def loss_at(run: Run) -> dict[int, float]:
+    """Validation loss by tokens seen."""
+    return {r["step"] * run.tokens_per_step: r["loss"] for r in run.val if r["loss"] is not None}
+
+
+def figures(run: Run) -> dict[str, float]:
+    """Every figure that the run has, by name: what stands side by side and is spread over seeds."""
+    losses, exact = loss_at(run), [s["exact"] for s in run.samples if "exact" in s]
+    named = {"parameters": run.config.get("parameters"), "gap to training loss": gap(run)}
+    if run.train:
+        named |= {"steps": run.steps, "tokens seen": run.train[-1]["tokens"]} | timing(run)
+    if losses:
+        named["validation loss, lowest"] = min(losses.values())
+        named["validation loss, last"] = losses[max(losses)]
+    if exact:
+        named["answers exactly right"] = fmean(exact)
+    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in ("all", "assistant")}
+    for of, tree in {**scored, **answers(run)}.items():
+        named |= {f"{of}: {name}": value for name, value in leaves(tree)}
+    for task, result in run.tasks.get("zero_shot", {}).items():
+        named[f"{task}: {result['metric']}"] = result["score"]
+    return {name: value for name, value in named.items() if KINDS["number"](value)}
+
+
+def answers(run: Run) -> dict[str, dict]:
+    """What tasks.json has of answers, by 'validation, sampled' and the like."""
+    sets = run.tasks.get("generation", {})
+    return {f"{name}, {mode}": sets[name][mode] for name in sets for mode in sets[name]}
+
+
+HOW_MEASURED = ("n", "left_out", "distinct_counts", "compression_bytes")  # no figures
+
+
+def leaves(tree: dict) -> Iterator[tuple[str, object]]:
+    """(name, value) of each figure of eval_ppl.json or of a mode of tasks.json; of a share the
+    share alone.
+    """
+    for key, value in tree.items():
+        if key in HOW_MEASURED:
+            continue
+        name = key.replace("_", " ")
+        value = value.get("share", value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            for part, figure in value.items():
+                yield part.replace("_", " ") if key == "parts" else f"{name}-{part}", figure
+        else:
+            yield name, value

@@ -22,7 +22,7 @@ demo: $(VENV)/.runtime
 	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
 
 test: $(VENV)/.development lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 faults: $(VENV)/.development
 	$(RUN) -m pytest tests/faults --campaign

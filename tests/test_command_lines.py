@@ -102,8 +102,6 @@ def test_help(program):
         (["sample.py", "--run=missing", "--prompt=x"], "no checkpoint in 'missing'"),
         (["sample.py", "--run=missing"], "wanted one of --prompt=TEXT, --prompts=FILE and --chat"),
         (["eval_ppl.py", "--run=missing"], "no checkpoint in 'missing'"),
-        (["-m", "convert.hf", "--run=missing", "--to=out/x"], "no checkpoint in 'missing'"),
-        (["-m", "verdict", "--run=missing"], "'missing' holds nothing of a run"),
     ],
 )
 def test_bad_input_is_answered_with_one_line(arguments, wanted):

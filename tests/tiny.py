@@ -98,7 +98,7 @@ def chat_row(question: str, answer: str = "Yes.") -> dict:
 def train_run(tiny_bins: str, out_dir: Path, **changes) -> list[dict]:
     """Train within this process; the records of metrics.jsonl."""
     config = train.TrainConfig(**{**RUN, "data_dir": tiny_bins, "out_dir": str(out_dir), **changes})
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = distributed.StopSignal.SIGNALS
     handlers = [signal.getsignal(number) for number in numbers]
     try:
         train.main(config)

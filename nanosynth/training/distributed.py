@@ -102,13 +102,14 @@ def expect_progress(seconds: float) -> None:
 
 
 class StopSignal:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning); a later one ends the process.
+    """Set by the first SIGTERM, SIGINT, SIGHUP (a lost terminal) or SIGUSR1 (Slurm's warning); a
+    later one ends the process.
 
     A handler does not run inside a collective, so the ranks agree on the flag at a step boundary.
     One request may come twice at once, from Slurm and through torchrun: that counts as one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     GRACE_SECONDS = 1.0
 
     def __init__(self):

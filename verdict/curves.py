@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
 from verdict.criteria import Events
@@ -50,7 +50,8 @@ def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
         axes[name].set_yscale(scale, **({"base": 2} if name == "loss_scale" else {}))
         axes[name].yaxis.set_major_formatter("{x:,g}")
         if scale == "log":  # ticks between the powers get labels too where there are few powers
-            axes[name].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes[name].yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            axes[name].yaxis.set_minor_formatter("{x:,g}")
         axes[name].grid(alpha=0.3, which="both")
     axes["tokens_per_second"].set_ylim(bottom=0)
     handles, labels = axes["loss"].get_legend_handles_labels()

@@ -51,7 +51,7 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
         of = [judged for judged in judgements if judged.criterion == name]
         verdict = min((judged.verdict for judged in of), key=(FAIL, NOT_MEASURED, PASS).index)
         if verdict == NOT_MEASURED:
-            missing.append(f"{name} {unmeasured(of[0])}")
+            missing.append(f"{name} {SECOND_SEED if is_one_seed(of[0]) else 'is not measured'}")
             continue
         values = [judged.figure for judged in of if judged.figure is not None]
         ends = [IN_SHORT.get(name, "").format(end) for end in (min(values), max(values))]
@@ -64,19 +64,21 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
     return ": ".join([", ".join(run.path for run in recipe), *answer, said])
 
 
-def unmeasured(judged: Judgement) -> str:
-    """With one seed, reproducibility is not asked yet."""
-    is_one_seed = judged.criterion == "reproducibility" and len(judged.runs) == 1
-    return "needs a second seed" if is_one_seed else "is not measured"
+SECOND_SEED = "needs a second seed"
+
+
+def is_one_seed(judged: Judgement) -> bool:
+    """Whether its question, how well seeds agree, is not asked yet."""
+    return judged.criterion == "reproducibility" and len(judged.runs) == 1
 
 
 def criteria_table(judgements: list[Judgement], *, markdown: bool) -> str:
     rows = [["criterion", "run", "threshold", "figure", "95% interval", "verdict"]]
     for judged in judgements:
         interval = " to ".join(map(shown, judged.interval or ())) or "-"
-        verdict = judged.verdict if judged.verdict != NOT_MEASURED else unmeasured(judged)
-        facts = [criteria.THRESHOLDS[judged.criterion], shown(judged.figure), interval, verdict]
-        rows.append([judged.criterion, ", ".join(judged.runs), *facts])
+        facts = [criteria.THRESHOLDS[judged.criterion], shown(judged.figure), interval]
+        verdict = SECOND_SEED if is_one_seed(judged) else judged.verdict
+        rows.append([judged.criterion, ", ".join(judged.runs), *facts, verdict])
     return table(rows, left=(0, 1, 2, 5), markdown=markdown)
 
 

@@ -57,11 +57,6 @@ class PrepareConfig(settings.Settings):
     leak_check: bool = setting(False, "count the 13-grams that train and validation share")
     picture: bool = setting(True, "draw stats.png")
 
-    def __post_init__(self):
-        if isinstance(self.source, str):
-            object.__setattr__(self, "source", (self.source,))
-        super().__post_init__()
-
 
 if __name__ == "__main__":
     arguments = settings.from_argv(PrepareConfig)  # before torch takes its time
@@ -140,8 +135,7 @@ class Conversation(NamedTuple):
 class Rejects:
     """The rows that are left out: counted by reason, and a JSON line each where it is asked for.
 
-    The lines stand in reading order but for those of one batch. The file is put in its place after
-    a failure, too: it may tell why.
+    The file is put in its place after a failure, too: it may tell why.
     """
 
     def __init__(self, path: str, tally: stats.Tally):
@@ -182,7 +176,10 @@ def usable_conversations(
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
     """All rows, or a seeded random sample of max_rows of them in their order, in two passes."""
-    n_rows = (source.stated_rows or sum(1 for _ in source.rows())) if config.max_rows else 0
+    if not config.max_rows:
+        yield from source.rows()
+        return
+    n_rows = source.stated_rows or sum(1 for _ in source.rows())
     if config.max_rows >= n_rows:
         yield from source.rows()
         return
@@ -197,10 +194,32 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
         raise UserError(f"{', '.join(config.source)} gave {counts}; prepare it again")
 
 
-def batches(usable: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+def unique_conversations(
+    usable: Iterable[Conversation], config: PrepareConfig, rejects: Rejects, tally: stats.Tally
+) -> Iterator[Conversation]:
+    """Those not seen before, and without the troubles that are to be dropped."""
+    seen: set[bytes] = set()  # of digests: 84 MB for a million
+    switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
+    dropped = set(itertools.compress(conversations.TROUBLES, switches))
+    for conversation in usable:
+        digest = splits.digest_of(conversation.turns)
+        if digest in seen:
+            reasons = ["exact duplicate"]
+        else:
+            seen.add(digest)
+            troubles = conversations.troubles_of(conversation.turns)
+            tally.troubles.update(troubles)
+            reasons = [name for name in troubles if name in dropped]
+        if reasons:
+            rejects.add(conversation.place, reasons[0], conversation.turns[0][1])
+        else:
+            yield conversation
+
+
+def batches(kept: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     """Conversations to be encoded together; the bins do not depend on where a batch ends."""
     batch, n_characters = [], 0
-    for conversation in usable:
+    for conversation in kept:
         batch.append(conversation)
         n_characters += sum(len(text) for _, text in conversation.turns)
         if n_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
@@ -209,36 +228,13 @@ def batches(usable: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     yield batch
 
 
-def unique_conversations(
-    usable: Iterable[Conversation], config: PrepareConfig, rejects: Rejects, tally: stats.Tally
-) -> Iterator[list[Conversation]]:
-    """Batches without what was seen before, and without the troubles that are to be dropped."""
-    seen = splits.DigestSet()
-    switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
-    dropped = set(itertools.compress(conversations.TROUBLES, switches))
-    for batch in batches(usable):
-        kept = []
-        is_new = seen.add([splits.digest_of(conversation.turns) for conversation in batch])
-        for conversation, is_first in zip(batch, is_new, strict=True):
-            troubles = conversations.troubles_of(conversation.turns) if is_first else []
-            tally.troubles.update(troubles)
-            reasons = [name for name in troubles if name in dropped]
-            if not is_first:
-                reasons = ["exact duplicate"]
-            if reasons:
-                rejects.add(conversation.place, reasons[0], conversation.turns[0][1])
-            else:
-                kept.append(conversation)
-        yield kept
-
-
 def encoded(
-    kept: Iterable[list[Conversation]], num_threads: int
+    kept: Iterable[Conversation], num_threads: int
 ) -> Iterator[tuple[list[Conversation], list[tuple[np.ndarray, np.ndarray]]]]:
     """Each batch with its documents, in order, encoded by threads while the next ones are read."""
     waiting: deque[tuple[list[Conversation], Future]] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
-        for batch in kept:
+        for batch in batches(kept):
             turns = [conversation.turns for conversation in batch]
             waiting.append((batch, threads.submit(tokenizer.encode_documents, turns)))
             if len(waiting) > 2 * num_threads:  # one is encoded by each thread, one waits for it

@@ -23,15 +23,11 @@ from nanosynth.settings import setting
 class TrainConfig(settings.Settings):
     """Train a GPT on the bins of data_dir; checkpoints and metrics go to out_dir."""
 
-    data_dir: str = setting(
-        "data/openhermes", "prepared bins, see prepare.py", group="The run", path=True
-    )
+    data_dir: str = setting("data/openhermes", "prepared bins", group="The run", path=True)
     out_dir: str = setting("out/run", "the run's folder", path=True)
-    init_from: str = setting(
-        "", "weights to start from: a run's folder (its best) or a step folder", path=True
-    )
+    init_from: str = setting("", "weights to start from: a run's folder or a step's", path=True)
     resume: str = setting(
-        "auto", "auto: go on where out_dir stands; never; or a step folder", path=True
+        "auto", "auto: go on where out_dir stands; never; a step's folder", path=True
     )
     seed: int = setting(42, "of the weights, the data order and dropout", at_least=0)
 
@@ -39,24 +35,18 @@ class TrainConfig(settings.Settings):
     n_head: int = setting(16, "attention heads", at_least=1, at_most=10_000)
     n_embd: int = setting(1024, "channels", at_least=1, at_most=1_000_000)
     block_size: int = setting(2048, "context, in tokens", at_least=1, at_most=10_000_000)
-    dropout: float = setting(
-        0.0, "0 for a single epoch; 0.1 or so for several", at_least=0, below=1
-    )
+    dropout: float = setting(0.0, "0 for one epoch; 0.1 or so for several", at_least=0, below=1)
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
     rows_per_step: int = setting(
-        32,
-        "rows of block_size tokens a step, over all GPUs",
-        group="The batch",
-        at_least=1,
-        at_most=1_000_000,
+        32, "rows a step, over all GPUs", group="The batch", at_least=1, at_most=1_000_000
     )
     micro_batch_size: int | Literal["auto"] = setting(
         4, "rows a GPU takes at once; auto: as many as fit", at_least=1, at_most=1_000_000
     )
     gradient_accumulation_steps: int = setting(
         0,
-        "another way to say rows_per_step: micro_batch_size times this; 0: it is not said so",
+        "micro-batches a step, in place of rows_per_step, but with auto; 0: not said",
         at_least=0,
         instead_of="rows_per_step",
     )
@@ -73,26 +63,21 @@ class TrainConfig(settings.Settings):
     zero_init: bool = setting(False, "residual projections start at zero, not at GPT-2's noise")
     weight_decay: float = setting(0.01, "on matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW's first moment", at_least=0, below=1)
-    beta2: float = setting(
-        0.95, "AdamW's second moment; 0.95 forgets a spike sooner than 0.999", at_least=0, below=1
-    )
+    # 0.999, torch's default, remembers a spike for a thousand steps, a sixth of the run.
+    beta2: float = setting(0.95, "AdamW's second moment", at_least=0, below=1)
     grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping", at_least=0)
 
     spike_sigmas: float = setting(
         8.0,
-        "skip a step whose loss is so many standard deviations above the last 128; 0: none",
+        "skip a loss so many standard deviations above the last 128; 0: none",
         group="Trouble",
         at_least=0,
     )
     max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
-    hang_seconds: float = setting(
-        600.0, "a step that takes longer, with the evaluation and save due, ends the run", above=0
-    )
+    hang_seconds: float = setting(600.0, "a step, with what is due, may take so long", above=0)
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto",
-        "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it",
-        group="The machine",
+        "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it", group="The machine"
     )
     compile: bool | Literal["auto"] = setting("auto", "torch.compile; auto: on CUDA")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -102,18 +87,11 @@ class TrainConfig(settings.Settings):
     eval_interval: int = setting(
         1000, "steps between evaluations", group="What is kept and told", at_least=1
     )
-    eval_rows: int = setting(
-        256, "validation rows an evaluation takes, always the same; 0: all", at_least=0
-    )
-    save_interval: int = setting(
-        5000, "steps between checkpoints; a new best is saved too", at_least=1
-    )
-    keep_last: int = setting(
-        3, "newest checkpoints kept, beside the best; the disk may tear one", at_least=2
-    )
-    log_interval: int = setting(
-        10, "steps between lines on the console; metrics.jsonl has every step", at_least=1
-    )
+    eval_rows: int = setting(256, "validation rows, always the same ones; 0: all", at_least=0)
+    save_interval: int = setting(5000, "steps between saves; a new best is saved too", at_least=1)
+    # Two: the disk may tear one.
+    keep_last: int = setting(3, "newest checkpoints kept, beside the best", at_least=2)
+    log_interval: int = setting(10, "steps a console line; metrics.jsonl has each", at_least=1)
 
     wandb: Literal["online", "offline", "disabled"] = setting(
         "disabled", "where metrics go besides"
@@ -141,10 +119,22 @@ class TrainConfig(settings.Settings):
         if n_steps and self.rows_per_step not in (default, self.step_rows):
             why = f"but gradient_accumulation_steps={n_steps} makes it {self.step_rows}"
             self.refuse("rows_per_step", f"{why}; give one of the two")
-        if self.micro_batch_size != "auto" and self.step_rows % self.micro_batch_size:
-            below = self.step_rows // self.micro_batch_size * self.micro_batch_size
-            near = [n for n in (below, below + self.micro_batch_size) if n]
-            self.refuse("rows_per_step", f"wanted a multiple of micro_batch_size, as {near}")
+        if self.micro_batch_size != "auto":
+            check_divides(self, world_size=1)
+
+
+def check_divides(config: TrainConfig, world_size: int) -> None:
+    """Every rank takes as many whole micro-batches of a step as any other."""
+    size = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    at_once = size * world_size
+    if config.step_rows % at_once:
+        below = config.step_rows // at_once * at_once
+        wanted = " or ".join(f"--rows_per_step={n}" for n in (below, below + at_once) if n)
+        over = f" over {world_size} GPUs" if world_size > 1 else ""
+        raise UserError(
+            f"{config.step_rows} rows a step do not divide{over} in micro-batches of {size}; use "
+            f"{wanted}, or another --micro_batch_size"
+        )
 
 
 if __name__ == "__main__":
@@ -447,29 +437,20 @@ def model_config(config: TrainConfig) -> GPTConfig:
 
 
 def row_order(config: TrainConfig, world: distributed.World, n_rows: int) -> bins.RowOrder:
-    """Which rows each step takes, in micro-batches that divide over the ranks. Call on every
-    rank.
-    """
+    """Which rows each step takes, in micro-batches. Call on every rank."""
+    check_divides(config, world.size)
     size = config.micro_batch_size
     if size == "auto":
         size = micro_batch.largest(
             model_config(config),
             gradient_checkpointing=config.gradient_checkpointing,
-            rows_per_step=config.step_rows,
+            n_rows=config.step_rows // world.size,
             dtype=choose_dtype(config.dtype, world.device),
             world=world,
         )
         if world.is_main:
             n_steps = config.step_rows // size
             print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
-    at_once = size * world.size
-    if config.step_rows % at_once:
-        below = config.step_rows // at_once * at_once
-        wanted = " or ".join(f"--rows_per_step={n}" for n in (below, below + at_once) if n)
-        raise UserError(
-            f"{config.step_rows} rows a step do not divide over {world.size} GPUs in micro-batches "
-            f"of {size}; use {wanted}, or a smaller --micro_batch_size"
-        )
     return bins.RowOrder(
         n_rows=n_rows,
         micro_batch_size=size,

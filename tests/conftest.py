@@ -26,7 +26,7 @@ def conversations_file(tmp_path_factory):
 def tiny_bins(tmp_path_factory, conversations_file):
     data_dir = tmp_path_factory.mktemp("data") / "tiny"
     config = prepare.PrepareConfig(
-        source=str(conversations_file), data_dir=str(data_dir), val_fraction=0.1, num_threads=1
+        source=(str(conversations_file),), data_dir=str(data_dir), val_fraction=0.1, num_threads=1
     )
     prepare.main(config)
     return str(data_dir)

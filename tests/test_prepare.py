@@ -20,7 +20,7 @@ def run(tmp_path: Path, rows: list, name: str = "data", **changes) -> dict:
     """Prepare these rows; the folder's meta.json."""
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = {"val_fraction": 0.2, "num_threads": 1, "picture": False} | changes
-    config = prepare.PrepareConfig(source=str(source), data_dir=str(tmp_path / name), **settings)
+    config = prepare.PrepareConfig(source=(str(source),), data_dir=str(tmp_path / name), **settings)
     prepare.main(config)
     return bins.read_meta(str(tmp_path / name))
 

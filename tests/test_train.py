@@ -334,6 +334,9 @@ def test_uneven_micro_batches_over_ranks_are_refused():
     assert train.row_order(config, world, n_rows=100).micro_batches_per_step == 6
     with pytest.raises(UserError, match="not divide over 4 GPUs .* of 2; use .*=8 or .*=16, or a"):
         train.row_order(config, replace(ALONE, size=4), n_rows=100)
+    config = train.TrainConfig(**{**RUN, "rows_per_step": 6, "micro_batch_size": "auto"})
+    with pytest.raises(UserError, match="not divide over 4 GPUs .* of 1; use .*=4 or .*=8, or a"):
+        train.row_order(config, replace(ALONE, size=4), n_rows=100)
 
 
 def test_accumulation_steps_are_another_way_to_say_the_rows():

@@ -15,35 +15,24 @@ def largest(
     model_config: GPTConfig,
     *,
     gradient_checkpointing: bool,
-    rows_per_step: int,
+    n_rows: int,
     dtype: torch.dtype,
     world: World,
 ) -> int:
-    """The most rows that fit on every rank, a divisor of each rank's share of `rows_per_step`.
+    """The most rows that fit on every rank, a divisor of `n_rows`, which each takes of a step.
 
     Call on every rank.
     """
-    if rows_per_step % world.size:
-        below = rows_per_step // world.size * world.size
-        near = [f"--rows_per_step={n}" for n in (below, below + world.size) if n]
-        raise UserError(
-            f"rows_per_step={rows_per_step} does not divide over {world.size} GPUs; use "
-            + " or ".join(near)
-        )
-    share = rows_per_step // world.size
-    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    sizes = [n for n in range(n_rows, 0, -1) if n_rows % n == 0]
     if world.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, world.device)
-        found = 0
-        for n_rows in sizes:
-            if fits(model_config, n_rows, dtype, world.device, gradient_checkpointing):
-                found = n_rows
-                break
+        trial = (dtype, world.device, gradient_checkpointing)
+        n_fitting = next((n for n in sizes if fits(model_config, n, *trial)), 0)
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, world.device)
     else:
-        found = next((n for n in sizes if n * model_config.block_size <= CPU_TOKENS), 1)
-    least = int(world.gather(torch.tensor([found])).min())  # the smallest GPU counts
+        n_fitting = next((n for n in sizes if n * model_config.block_size <= CPU_TOKENS), 1)
+    least = int(world.gather(torch.tensor([n_fitting])).min())  # the smallest GPU counts
     if not least:
         raise UserError(
             f"not even one row of block_size={model_config.block_size} fits in the GPU's memory; "

@@ -1,6 +1,4 @@
-import numpy as np
-
-from nanosynth.data.splits import DigestSet, digest_of, split_of
+from nanosynth.data.splits import digest_of, split_of
 
 
 def test_variants_of_a_first_user_turn_stay_on_one_side():
@@ -19,20 +17,6 @@ def test_variants_of_a_first_user_turn_stay_on_one_side():
     assert 60 < sides.count("val") < 120  # 90 in the mean
     other = [split_of(f"What is {number} plus café?", 0.3, 43) for number in range(300)]
     assert other != sides
-
-
-def test_digest_set_tells_new_from_old():
-    chance = np.random.default_rng(0)
-    digests = [bytes(row) for row in chance.integers(0, 3, (400, 16), dtype=np.uint8)]
-    digests = [digest[:14] + bytes(2) for digest in digests] * 5
-    chance.shuffle(digests)
-    seen, known, found = DigestSet(), set(), []
-    for start in range(0, len(digests), 37):
-        found += seen.add(digests[start : start + 37])
-    for digest, is_new in zip(digests, found, strict=True):
-        assert is_new == (digest not in known)
-        known.add(digest)
-    assert seen.add([]) == []
 
 
 def test_digests_differ_where_conversations_do():

@@ -28,7 +28,7 @@ QUIET = {"val_fraction": 0.5, "num_threads": 2, "picture": False}
 def run(source: Path, data_dir: Path, **changes) -> None:
     """prepare.main in this process, without a word."""
     config = prepare.PrepareConfig(
-        source=str(source), data_dir=str(data_dir), **{**QUIET, **changes}
+        source=(str(source),), data_dir=str(data_dir), **{**QUIET, **changes}
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare.main(config)

@@ -72,6 +72,8 @@ class SampleConfig(settings.Settings):
     def check(self) -> None:
         if self.chat + bool(self.prompt) + bool(self.prompts) != 1:
             raise UserError("wanted one of --prompt=TEXT, --prompts=FILE and --chat")
+        if not self.template and (self.chat or self.system):
+            self.refuse("template", "a plain text has no turns, so no --chat and no --system")
 
 
 if __name__ == "__main__":

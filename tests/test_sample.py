@@ -94,6 +94,12 @@ def test_a_file_of_something_else_is_refused(tmp_path, name, content, said):
         sample.read_prompts(config_of(prompt="", prompts=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("changes", [{"system": "Be brief."}, {"chat": True, "prompt": ""}])
+def test_a_plain_text_has_no_turns(changes):
+    with pytest.raises(UserError, match="--template=False; a plain text has no turns"):
+        config_of(template=False, **changes)
+
+
 def test_a_line_ends_at_its_newline_alone(tmp_path):
     """Other separators of Unicode stand within texts, as they are."""
     path = tmp_path / "prompts.jsonl"

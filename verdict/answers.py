@@ -1,10 +1,8 @@
 """A model's answers to sets of prompts, and what is measured on them beside the references."""
 
 import importlib.util
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from model import GPT
 from nanosynth import tokenizer
@@ -73,9 +71,9 @@ class Answer:
     """One answer to the prompt of a number; `ids` without the end mark."""
 
     number: int
-    sample: int = 0
-    ids: list[int] = field(default_factory=list)
-    ended: bool = False
+    sample: int
+    ids: list[int]
+    ended: bool
     parts: dict[str, bool] | None = None
 
     @property
@@ -91,22 +89,18 @@ def answer_all(
     model: GPT, prompts: Prompts, n_samples: int, batch_size: int, sampling: Sampling
 ) -> list[Answer]:
     """An answer to each prompt, `n_samples` to each of the first BLEU_PROMPTS."""
-    answers = [
-        Answer(number=number, sample=sample)
+    places = [
+        (number, sample)
         for number in range(len(prompts.ids))
         for sample in range(n_samples if number < BLEU_PROMPTS else 1)
     ]
-    # Prompts of like length stand together, so that little is padded.
-    order = sorted(range(len(answers)), key=lambda place: len(prompts.ids[answers[place].number]))
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, unit="batch", disable=None, desc=f"{prompts.name}: generate"):
-        batch = order[start : start + batch_size]
-        rows = [prompts.ids[answers[place].number] for place in batch]
-        continuations = generation.generate(model, rows, batch, sampling)
-        for place, ids in zip(batch, continuations, strict=True):
-            answers[place].ended = ids[-1] in tokenizer.STOP_IDS
-            answers[place].ids = ids[:-1] if answers[place].ended else ids
-    return answers
+    rows = [prompts.ids[number] for number, _ in places]
+    return [
+        Answer(number=number, sample=sample, ids=ids, ended=ended)
+        for (number, sample), (ids, ended) in zip(
+            places, generation.answer_all(model, rows, sampling, batch_size), strict=True
+        )
+    ]
 
 
 def add_parts(model: GPT, prompts: Prompts, answers: list[Answer], batch_size: int) -> None:
@@ -150,7 +144,7 @@ def measure(
     }
     if prompts.references:
         by_mode["reference"] = [
-            Answer(number=number, ids=ids, ended=True)
+            Answer(number=number, sample=0, ids=ids, ended=True)
             for number, ids in enumerate(prompts.references)
         ]
     for answers in by_mode.values():

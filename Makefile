@@ -1,5 +1,5 @@
 # make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
-# make faults: the fault campaign, which writes benchmarks/FAULTS.md; 25 minutes or so on 2 cores.
+# make faults: the fault campaign, which writes benchmarks/FAULTS.md; half an hour or so on 2 cores.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
 PYTHON ?= python3

@@ -123,8 +123,8 @@ def verify(path: Path) -> dict:
         if file_path.is_symlink() or not file_path.is_file():
             raise Damaged(f"{file_path} is missing or not a plain file")
         if file_path.stat().st_size != wanted["bytes"]:
-            found = file_path.stat().st_size
-            raise Damaged(f"{file_path} has {found} bytes, not {wanted['bytes']}")
+            size = file_path.stat().st_size
+            raise Damaged(f"{file_path} has {size} bytes, not {wanted['bytes']}")
         with open(file_path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
                 raise Damaged(f"{file_path} is not as it was written: SHA-256 differs")
@@ -210,11 +210,11 @@ def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
             raise UserError(f"{run_dir} holds a run; {wanted}")
     if path is None:
         return None
-    found = read_meta(path)["identity"]
+    theirs = read_meta(path)["identity"]
     for key, value in identity.items():
-        if found[key] != value:
+        if theirs[key] != value:
             raise UserError(
-                f"{path} was made with {key}={found[key]}, this run has {value}; restore that "
+                f"{path} was made with {key}={theirs[key]}, this run has {value}; restore that "
                 "setting, or start anew with another --out_dir (and --init_from for the weights)"
             )
     for step in steps(run_dir):

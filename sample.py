@@ -67,7 +67,12 @@ class SampleConfig(settings.Settings):
     top_p: float = setting(
         0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
     )
-    seed: int = setting(42, "of the sampling; an answer depends on no other one", at_least=0)
+    seed: int = setting(
+        42,
+        "of the sampling; an answer depends on no other one",
+        at_least=0,
+        at_most=settings.LARGEST_SEED,
+    )
 
     def check(self) -> None:
         if self.chat + bool(self.prompt) + bool(self.prompts) != 1:
@@ -214,7 +219,6 @@ def answer_all(
 
 def write_generations(records: list[dict], folder: Path) -> Path:
     """generations.jsonl for programs, generations.txt for people; the path of the latter."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(folder / "generations.jsonl", "".join(lines))
     pages = []
@@ -261,8 +265,13 @@ def main(config: SampleConfig) -> None:
         for sample in range(config.num_samples):
             stream_text(model, prompt, sample, sampling)
     else:
+        folder = Path(config.output_dir or path.parent)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # before hours of work
+        except OSError as error:
+            config.refuse("output_dir", f"wanted a folder that can be made: {error}")
         records = answer_all(model, prompts, config, sampling)
-        texts = write_generations(records, Path(config.output_dir or path.parent))
+        texts = write_generations(records, folder)
         report(records, config, texts)
 
 

@@ -29,7 +29,9 @@ class TrainConfig(settings.Settings):
     resume: str = setting(
         "auto", "auto: go on where out_dir stands; never; a step's folder", path=True
     )
-    seed: int = setting(42, "of the weights, the data order and dropout", at_least=0)
+    seed: int = setting(
+        42, "of the weights, the data order and dropout", at_least=0, at_most=settings.LARGEST_SEED
+    )
 
     n_layer: int = setting(24, "blocks", group="The model", at_least=1, at_most=10_000)
     n_head: int = setting(16, "attention heads", at_least=1, at_most=10_000)
@@ -588,7 +590,10 @@ def open_log(run: Run) -> RunLog:
     name = device_name(world.device)
     outputs = None
     if world.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            config.refuse("out_dir", f"wanted a folder that can be made: {error}")
         n_parameters = run.raw_model.n_parameters()
         checkpoint.check_space(out_dir, n_parameters, config.keep_last)
         facts = {
@@ -638,7 +643,18 @@ def train(
     log.close()
 
 
+def check_said(config: TrainConfig) -> None:
+    """No flag of the batch's size is passed over for another one."""
+    names = ("rows_per_step", "gradient_accumulation_steps")
+    said = [name for name in names if config.origins.get(name) == "command line"]
+    if len(said) > 1:
+        raise UserError("--rows_per_step and --gradient_accumulation_steps say one thing; give one")
+    if said == ["gradient_accumulation_steps"] and config.micro_batch_size == "auto":
+        config.refuse(said[0], "with --micro_batch_size=auto say --rows_per_step instead")
+
+
 def main(config: TrainConfig) -> None:
+    check_said(config)
     splits = open_splits(config)
     with distributed.start(config.device, config.hang_seconds) as world:
         try:

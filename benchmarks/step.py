@@ -269,6 +269,11 @@ def report(result: dict) -> str:
 
 def main(config: StepConfig) -> None:
     # Ours for the time of the run: no folder of the user's is read or written.
+    if config.json:
+        try:
+            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            config.refuse("json", f"wanted a file in a folder that can be made: {error}")
     is_random = config.origins.get("data_dir") != "command line"
     with tempfile.TemporaryDirectory() as folder:
         data_dir = config.data_dir
@@ -290,7 +295,6 @@ def main(config: StepConfig) -> None:
     }
     print(report(result))
     if config.json:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(config.json), json.dumps(result, indent=2))
 
 

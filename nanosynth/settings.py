@@ -26,6 +26,7 @@ from nanosynth import UserError
 
 MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
 HELP_COLUMNS = 100
+LARGEST_SEED = 2**32 - 1  # every generator that is seeded takes it
 
 
 def setting(
@@ -63,7 +64,9 @@ class Settings:
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
             if type(value) in (int, float) and not _is_within(value, field.metadata["bounds"]):
-                self.refuse(field.name, f"wanted {bounds_text(field.metadata['bounds'])}")
+                wanted = [] if math.isfinite(value) else ["a finite number"]
+                wanted += [bounds_text(field.metadata["bounds"])]
+                self.refuse(field.name, f"wanted {', '.join(dict.fromkeys(wanted))}")
             # all: of a setting that may be given several times, none is empty
             if field.metadata["path"] and default and not (value and all(value)):
                 self.refuse(field.name, "wanted a path")
@@ -93,8 +96,8 @@ def bounds_text(bounds: Mapping[str, float]) -> str:
     >>> bounds_text({"at_least": 0, "below": 1})
     '0 or more, below 1'
     """
-    words = {"at_least": "{:g} or more", "above": "above {:g}"}
-    words |= {"at_most": "at most {:g}", "below": "below {:g}"}
+    words = {"at_least": "{:,} or more", "above": "above {:,}"}
+    words |= {"at_most": "at most {:,}", "below": "below {:,}"}
     said = [text.format(bounds[name]) for name, text in words.items() if name in bounds]
     return ", ".join(said) or "a finite number"
 
@@ -223,6 +226,8 @@ def checked(cls: type, name: str, value: object, origin: str, *, parse: bool = F
     if name not in field_types:
         near = difflib.get_close_matches(name, field_types, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        if not parse:
+            hint += " (the name of a helper begins with _)"
         raise UserError(f"unknown setting {name!r} in {origin}; {hint}")
     wanted = field_types[name]
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
@@ -269,7 +274,7 @@ def type_name(wanted: object) -> str:
     names = []
     for member in _members(wanted):
         if typing.get_origin(member) is typing.Literal:
-            names += typing.get_args(member)
+            names += filter(None, typing.get_args(member))
         elif member == MANY:
             names.append("str, several times")
         else:

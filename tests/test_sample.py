@@ -100,6 +100,14 @@ def test_a_plain_text_has_no_turns(changes):
         config_of(template=False, **changes)
 
 
+def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(run_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    changes = {"prompt": "", "prompts": str(tmp_path / "prompts.txt"), "run": str(run_dir)}
+    config = config_of(**changes, output_dir=str(tmp_path / "prompts.txt" / "x"), device="cpu")
+    with pytest.raises(UserError, match="--output_dir=.*; wanted a folder that can be made"):
+        sample.main(config)
+
+
 def test_a_line_ends_at_its_newline_alone(tmp_path):
     """Other separators of Unicode stand within texts, as they are."""
     path = tmp_path / "prompts.jsonl"

@@ -174,7 +174,7 @@ def test_a_switch_does_not_swallow_the_config_file(tmp_path):
         ("--seed=-1", "--seed=-1; wanted 0 or more"),
         ("--share=0", "--share=0.0; wanted above 0, below 1"),
         ("--share=1", "--share=1.0; wanted above 0, below 1"),
-        ("--share=1e999", "--share=inf; wanted above 0, below 1"),
+        ("--share=1e999", "--share=inf; wanted a finite number, above 0, below 1"),
         ("--learning_rate=1e999", "--learning_rate=inf; wanted a finite number"),
         ("--rows=0", "--rows=0; wanted 1 or more, at most 100"),
         ("--rows=101", "--rows=101; wanted 1 or more, at most 100"),

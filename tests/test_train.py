@@ -363,6 +363,26 @@ def test_a_flag_of_the_rows_replaces_what_the_file_says_of_them(tmp_path):
         rows(both, "--rows_per_step=24", "--gradient_accumulation_steps=2")
 
 
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ("--rows_per_step=32 --gradient_accumulation_steps=3", "say one thing; give one"),
+        ("--micro_batch_size=auto --gradient_accumulation_steps=8", "say --rows_per_step instead"),
+    ],
+)
+def test_no_flag_of_the_batch_is_passed_over(argv, wanted):
+    config = settings.load(train.TrainConfig, argv.split(), "train.py")
+    with pytest.raises(UserError, match=wanted):
+        train.main(config)
+
+
+def test_an_out_dir_that_cannot_be_made_is_refused(tiny_bins, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/x"):
+        with pytest.raises(UserError, match="--out_dir=.*; wanted a folder that can be made"):
+            train_run(tiny_bins, tmp_path / name)
+
+
 def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
     with pytest.raises(UserError, match="less than one row of block_size=1000000; use a smaller"):
         train_run(tiny_bins, tmp_path, block_size=1_000_000)
@@ -392,6 +412,7 @@ def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
         {"grad_clip": math.nan},
         {"dropout": 1.0},
         {"seed": -1},
+        {"seed": 10**20},
     ],
     ids=str,
 )

@@ -52,7 +52,7 @@ class VerdictConfig(settings.Settings):
     top_p: float = setting(
         0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
     )
-    seed: int = setting(42, "of the sampling", at_least=0)
+    seed: int = setting(42, "of the sampling", at_least=0, at_most=settings.LARGEST_SEED)
     tasks: str = setting(
         "local",
         "names with commas between; local: our three; empty: none",
@@ -117,6 +117,8 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         try:
             notices += part()
         except UserError as error:
+            if config.only:  # it alone was asked for
+                raise
             notices.append(f"{name} not measured: {error}")
     return [f"{run.path}: {notice}" for notice in notices]
 
@@ -278,6 +280,9 @@ def write_tasks(
 def main(config: VerdictConfig) -> None:
     loaded = [runs.read(path) for path in config.run]  # no run there: said before hours of work
     notices: list[str] = []
+    if config.step != "best":
+        for path in config.run:
+            checkpoint.find(path, config.step)
     if config.only != "report":
         choose_device(config.device)
         instructions.read_prompts(prompts_file(config))

@@ -52,7 +52,9 @@ def figures(run: Run) -> dict[str, float]:
         named["validation loss, last"] = losses[max(losses)]
     if exact:
         named["answers exactly right"] = fmean(exact)
-    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in ("all", "assistant")}
+    order = ("all", "assistant")  # those that training had for targets first
+    order = order[::-1] if run.perplexity.get("loss_on") == "assistant" else order
+    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in order}
     for of, tree in {**scored, **answers(run)}.items():
         named |= {f"{of}: {name}": value for name, value in leaves(tree)}
     for task, result in run.tasks.get("zero_shot", {}).items():

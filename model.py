@@ -48,7 +48,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
         self.end = 0  # tokens placed; kept on the host, which need not ask a GPU how long rows are
-        self.is_fixed = False
+        self.is_fixed = False  # a CUDA graph replays one shape; see `fix`
 
     def fix(self) -> None:
         """Attend over the whole capacity from now on, so that every step has the same shapes."""
@@ -68,6 +68,7 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v at the placed positions, then attend with q; all (B, H, T, D)."""
+        # Each row writes at its own positions: rows of a batch are of any lengths.
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
         self.keys[layer, rows, self._positions] = k.transpose(1, 2).to(self.keys.dtype)
         self.values[layer, rows, self._positions] = v.transpose(1, 2).to(self.keys.dtype)
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         else:
             y = cache.attend(self.layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y))  # the heads' results mixed: (B, T, C)
 
 
 class MLP(nn.Module):
@@ -150,7 +151,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_embd % config.n_head == 0
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # train.py sets it
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -209,8 +210,10 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
+        # Pre-norm leaves the stream's scale free; the last LayerNorm sets it for the logits.
         x = self.transformer.ln_f(x).view(B * T, -1)  # (B, T, C) -> (B*T, C)
         if logit_index is not None:
+            # The head is the largest product of all: none for tokens that count nowhere.
             x = x[logit_index]  # (N, C)
         logits = self.lm_head(x)  # (N, V)
         if targets is None:
@@ -234,7 +237,8 @@ class GPT(nn.Module):
         appendix B): with n_scored = n_tokens the convention of nanoGPT and most published figures.
         """
         c = self.config
-        head = c.vocab_size * c.n_embd
+        head = c.vocab_size * c.n_embd  # of the embedding only its use as the head multiplies
         body = self.n_parameters() - head - self.transformer.wpe.weight.numel()
+        # Scores and their sum over values: 2 products of 2 FLOPs, thrice for the backward pass.
         attention = 12 * c.n_layer * c.n_embd * c.block_size
         return n_tokens * (6 * body + attention) + n_scored * 6 * head

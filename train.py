@@ -226,7 +226,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
                 saved = save(run, step, log, val_loss)
                 best_loss = checkpoint.best_loss(run.out_dir)
             log.restart_clock()  # neither counts as training in tokens a second
-        if is_last:
+        if is_last:  # the last pass trains nothing
             return finish(run, step, log, stopping=stopping, saved=saved)
 
         take_step(run, step, log)
@@ -272,7 +272,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     """
     config, world, scaler = run.config, run.world, run.scaler
     n_micro_steps = run.order.micro_batches_per_step // world.size  # of this rank
-    loss = torch.zeros((), device=world.device)
+    loss = torch.zeros((), device=world.device)  # for the log and the guard; not what is derived
     for micro_step, (number, batch) in enumerate(batches):
         torch.manual_seed(dropout_seed(config.seed, number))
         # Gradients add up in .grad over the micro-batches, and travel with the last one's alone.
@@ -286,11 +286,13 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
             # many. DDP averages gradients over the ranks; times their number makes the sum.
             scaler.scale(loss_sum * (world.size / n_targets)).backward()
         loss += loss_sum.detach() / n_targets
-    world.sum(loss)  # a collective
+    world.sum(loss)  # a collective: the guard must see the same loss everywhere
     loss_scale = scaler.scale(torch.ones((), device=world.device))
     # float16 holds nothing below 6e-8: gradients are computed of the loss times the scale, and
     # divided by it here, in float32, before they are clipped.
     scaler.unscale_(run.optimizer)
+    # DDP has made the gradients the same on all ranks, so their norm is too: not finite on one rank
+    # is not finite on all.
     grad_norm = optim.clip_gradients(run.model.parameters(), config.grad_clip)
     accepted = run.guard.accepts(loss) & grad_norm.isfinite()  # alike on all ranks
     run.guard.note(loss, accepted)
@@ -300,7 +302,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     run.optimizer.found_inf = (~accepted).float()
     run.optimizer.step()
     scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)  # freed, not filled: the next backward writes anew
     return torch.stack([loss, grad_norm, loss_scale, run.guard.n_skipped])
 
 
@@ -329,6 +331,7 @@ def evaluate(run: Run, n_rows: int) -> float:
     run.raw_model.eval()
     # float64, and one division at the end: a mean of batch means would depend on their sizes.
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
+    # Batches are dealt out to the ranks in turn; the sums are the same for any number of them.
     for start in range(world.rank * size, n_rows, world.size * size):
         rows = list(range(start, min(start + size, n_rows)))
         batch = bins.read_batch(run.val_split, rows, config.block_size, config.loss_on)
@@ -368,7 +371,7 @@ def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
         "settings": asdict(run.config),
         "torch": str(torch.__version__),
     }
-    tensors = run.raw_model.state_dict()
+    tensors = run.raw_model.state_dict()  # of the bare model: no prefix of DDP's or compile's
     try:
         state["metrics_bytes"] = log.synced_size()
         path = checkpoint.save(run.out_dir, step, model=tensors, train_state=state, meta=meta)
@@ -489,6 +492,7 @@ def build(
     if config.zero_init:
         raw_model.zero_projections()
     raw_model.gradient_checkpointing = config.gradient_checkpointing
+    # The optimizer keeps float32 weights and moments; only products are in half precision.
     run = Run(
         config=config,
         world=world,
@@ -525,7 +529,10 @@ def build(
 
 
 def identity(config: TrainConfig, train: bins.Split) -> dict:
-    """What must not change within a run: the model, the data, and the order in which it is seen."""
+    """What must not change within a run: the model, the data, and the order in which it is seen.
+
+    Learning rates, intervals, dtype, device and the number of ranks may.
+    """
     return {
         "model": asdict(model_config(config)),
         "seed": config.seed,
@@ -655,7 +662,7 @@ def check_said(config: TrainConfig) -> None:
 
 def main(config: TrainConfig) -> None:
     check_said(config)
-    splits = open_splits(config)
+    splits = open_splits(config)  # before the ranks meet: a wrong folder is said at once
     with distributed.start(config.device, config.hang_seconds) as world:
         try:
             train(config, world, splits)

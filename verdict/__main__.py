@@ -108,6 +108,8 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         meta = run.meta if config.step == "best" else {}
         meta = meta or checkpoint.read_meta(checkpoint.find(run.path, config.step))
     except UserError as error:
+        if config.only:  # it alone was asked for
+            raise
         return [f"{run.path}: nothing is measured: {error}"]
     notices, parts = [], list(wanted_parts(run, meta, config))
     if not parts:
@@ -117,7 +119,7 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         try:
             notices += part()
         except UserError as error:
-            if config.only:  # it alone was asked for
+            if config.only:
                 raise
             notices.append(f"{name} not measured: {error}")
     return [f"{run.path}: {notice}" for notice in notices]

@@ -255,6 +255,14 @@ def test_a_run_under_way_without_checkpoint_gets_its_report(tmp_path, capsys):
     assert "is not measured" in (run / "report.md").read_text()
 
 
+def test_a_part_that_was_asked_for_by_name_fails_loudly(wide_run, tmp_path):
+    run = shutil.copytree(wide_run, tmp_path / "run")
+    for folder in run.glob("step_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        verdict.main(config_of(run, only="perplexity"))
+
+
 def test_a_planted_copy_is_counted(wide_run, tmp_path):
     rng = np.random.default_rng(0)
     long = rng.integers(0, 50257, 60).tolist()
@@ -310,6 +318,7 @@ def test_missing_packages_and_bins_leave_the_rest(wide_run, tmp_path, capsys, mo
         ({"data_dir": "elsewhere"}, "no prepared data in 'elsewhere'"),
         ({"prompts": "missing.jsonl"}, "no prompt file 'missing.jsonl'"),
         ({"device": "abacus"}, "--device=abacus"),
+        ({"step": "17"}, "no step '17'"),
     ],
 )
 def test_what_no_run_can_mend_is_refused_before_the_work(wide_run, capsys, changes, why):

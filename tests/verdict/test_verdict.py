@@ -259,6 +259,7 @@ def test_a_part_that_was_asked_for_by_name_fails_loudly(wide_run, tmp_path):
     run = shutil.copytree(wide_run, tmp_path / "run")
     for folder in run.glob("step_*"):
         shutil.rmtree(folder)
+    (run / "config.json").write_text('{"parameters": 5}')
     with pytest.raises(UserError, match="no checkpoint in"):
         verdict.main(config_of(run, only="perplexity"))
 

@@ -41,14 +41,14 @@ class TrainConfig(settings.Settings):
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
     rows_per_step: int = setting(
-        32, "rows a step, over all GPUs", group="The batch", at_least=1, at_most=1_000_000
+        0, "rows a step, over all GPUs; 0: 32", group="The batch", at_least=0, at_most=1_000_000
     )
     micro_batch_size: int | Literal["auto"] = setting(
         4, "rows a GPU takes at once; auto: as many as fit", at_least=1, at_most=1_000_000
     )
     gradient_accumulation_steps: int = setting(
         0,
-        "micro-batches a step, in place of rows_per_step, but with auto; 0: not said",
+        "micro-batches a step, over all GPUs: another way to say rows_per_step; 0: not said",
         at_least=0,
         instead_of="rows_per_step",
     )
@@ -104,9 +104,9 @@ class TrainConfig(settings.Settings):
     @property
     def step_rows(self) -> int:
         """Rows of a step over all GPUs, however they were said."""
-        if self.gradient_accumulation_steps and self.micro_batch_size != "auto":
-            return self.micro_batch_size * self.gradient_accumulation_steps
-        return self.rows_per_step
+        if self.rows_per_step or not self.gradient_accumulation_steps:
+            return self.rows_per_step or 32
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
     def check(self) -> None:
         if self.learning_rate < self.min_learning_rate:
@@ -117,12 +117,16 @@ class TrainConfig(settings.Settings):
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
             self.refuse("n_head", f"wanted a divisor of n_embd={self.n_embd}, as {near}")
-        n_steps, default = self.gradient_accumulation_steps, TrainConfig.rows_per_step
-        if n_steps and self.rows_per_step not in (default, self.step_rows):
-            why = f"but gradient_accumulation_steps={n_steps} makes it {self.step_rows}"
-            self.refuse("rows_per_step", f"{why}; give one of the two")
-        if self.micro_batch_size != "auto":
-            check_divides(self, world_size=1)
+        n_steps, size = self.gradient_accumulation_steps, self.micro_batch_size
+        if size == "auto":
+            if n_steps and not self.rows_per_step:
+                why = "with --micro_batch_size=auto it follows by itself; say --rows_per_step"
+                self.refuse("gradient_accumulation_steps", why)
+            return
+        if n_steps and self.step_rows != size * n_steps:
+            why = f"but {n_steps} micro-batches (gradient_accumulation_steps) of {size} rows make "
+            self.refuse("rows_per_step", f"{why}{size * n_steps}; give one of the two")
+        check_divides(self, world_size=1)
 
 
 def check_divides(config: TrainConfig, world_size: int) -> None:
@@ -650,18 +654,7 @@ def train(
     log.close()
 
 
-def check_said(config: TrainConfig) -> None:
-    """No flag of the batch's size is passed over for another one."""
-    names = ("rows_per_step", "gradient_accumulation_steps")
-    said = [name for name in names if config.origins.get(name) == "command line"]
-    if len(said) > 1:
-        raise UserError("--rows_per_step and --gradient_accumulation_steps say one thing; give one")
-    if said == ["gradient_accumulation_steps"] and config.micro_batch_size == "auto":
-        config.refuse(said[0], "with --micro_batch_size=auto say --rows_per_step instead")
-
-
 def main(config: TrainConfig) -> None:
-    check_said(config)
     splits = open_splits(config)  # before the ranks meet: a wrong folder is said at once
     with distributed.start(config.device, config.hang_seconds) as world:
         try:

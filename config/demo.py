@@ -1,4 +1,4 @@
-# A small model for the bundled conversations: about four minutes of training on 2 CPU cores.
+# A small model for the conversations of data/make_sample.py: some six minutes on 2 CPU cores.
 data_dir = "data/demo"
 out_dir = "out/demo"
 

@@ -116,7 +116,9 @@ class StopSignal:
         self.requested = False
         self._since = 0.0
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            # nohup has SIGHUP ignored, so that a run outlives its terminal: it stays ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         if not self.requested:

@@ -122,6 +122,20 @@ def test_a_signal_sent_twice_at_once_is_one_request():
             signal.signal(number, handler)
 
 
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handlers = [signal.getsignal(number) for number in distributed.StopSignal.SIGNALS]
+    try:
+        stop = distributed.StopSignal()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+        assert not stop.requested
+    finally:
+        for number, handler in zip(distributed.StopSignal.SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_hang_ends_the_process():
     code = (
         "import time; from nanosynth.training import distributed as d; d.expect_progress(60); "

@@ -59,6 +59,9 @@ class TrainConfig(settings.Settings):
         "adamw", "muon: on the blocks' matrices, AdamW on the rest", group="The optimizer"
     )
     learning_rate: float = setting(2e-4, "the peak, after warmup", at_least=0)
+    embedding_learning_rate: float = setting(
+        0.0, "the embeddings' peak, of tokens and positions; 0: learning_rate", at_least=0
+    )
     min_learning_rate: float = setting(2e-5, "where the decay ends", at_least=0)
     warmup_steps: int = setting(1000, "steps of linear warmup", at_least=0)
     decay: Literal["cosine", "linear"] = setting("cosine", "how the learning rate falls")
@@ -108,11 +111,20 @@ class TrainConfig(settings.Settings):
             return self.rows_per_step or 32
         return self.micro_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def embedding_share(self) -> float:
+        """The embeddings' learning rate as a share of the others', all through the schedule."""
+        if not self.embedding_learning_rate:
+            return 1.0
+        return self.embedding_learning_rate / self.learning_rate
+
     def check(self) -> None:
         if self.learning_rate < self.min_learning_rate:
             self.refuse(
                 "learning_rate", f"wanted min_learning_rate={self.min_learning_rate} or more"
             )
+        if self.embedding_learning_rate and not self.learning_rate:
+            self.refuse("learning_rate", "wanted above 0, with embedding_learning_rate beside it")
         if self.n_embd % self.n_head:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
@@ -512,6 +524,7 @@ def build(
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
             world=world,
+            embedding_share=config.embedding_share,
         ),
         scaler=torch.amp.GradScaler(
             world.device.type,

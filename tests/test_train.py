@@ -396,6 +396,7 @@ def test_data_shorter_than_a_row_is_refused(tiny_bins, tmp_path):
         {"max_steps": -1},
         {"max_steps": 0, "epochs": 0.0},
         {"min_learning_rate": 1.0},
+        {"learning_rate": 0.0, "min_learning_rate": 0.0, "embedding_learning_rate": 0.1},
         {"learning_rate": math.nan},
         {"warmup_steps": -1},
         {"weight_decay": -0.1},

@@ -44,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for (n_parts, *_), params in alike.items()
         ]
         # The very dictionaries of both, so that who sets a learning rate here sets it there.
-        super().__init__([*self.matrix_groups, *adamw.param_groups], {"lr": 0.0})
+        super().__init__([*self.matrix_groups, *adamw.param_groups], {"lr": 0.0, "lr_share": 1.0})
 
     @torch.no_grad()
     def step(self) -> None:

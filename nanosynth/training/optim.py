@@ -10,12 +10,24 @@ from nanosynth.training.distributed import World
 from nanosynth.training.muon import MuonAdamW
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and LayerNorm gains do not. Each parameter once."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, embedding_share: float = 1.0
+) -> list[dict]:
+    """Embeddings and matrices decay; biases and LayerNorm gains do not. Each parameter once.
+
+    `embedding_share` is the embeddings' learning rate as a share of the others'.
+    """
+    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    embeddings = {id(module.weight) for module in modules}
     parameters = list(model.parameters())
+    # In the order of one group of both and one of vectors, which older checkpoints number by.
+    tables = [p for p in parameters if id(p) in embeddings]
+    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    vectors = [p for p in parameters if p.dim() < 2]
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": tables, "weight_decay": weight_decay, "lr_share": embedding_share},
+        {"params": matrices, "weight_decay": weight_decay, "lr_share": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_share": 1.0},
     ]
 
 
@@ -26,20 +38,29 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     world: World,
+    embedding_share: float = 1.0,
 ) -> torch.optim.Optimizer:
     """'adamw' over `parameter_groups`; or 'muon', which takes the blocks' matrices from it. Both
     are fused: they read `found_inf` on the device, so a skipped update needs no host wait.
     """
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, embedding_share)
     matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
     if name == "muon":
         taken = {id(parameter) for _, parameter in matrices}
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in taken]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    adamw.register_load_state_dict_pre_hook(keep_groups)
     if name == "adamw":
         return adamw
     return MuonAdamW(matrices, adamw, weight_decay=weight_decay, world=world)
+
+
+def keep_groups(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """Of a checkpoint the moments alone: how parameters are grouped, their decay and their rates
+    are the program's and the settings'.
+    """
+    return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def lr_at(
@@ -64,8 +85,9 @@ def lr_at(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The matrices' and vectors'; the embeddings' goes with it in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_share"]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

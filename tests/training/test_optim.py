@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nanosynth.training import optim
-from tiny import ALONE, CPU, tiny_model
+from tiny import ALONE, CPU, random_ids, tiny_model
 
 SCHEDULE = {
     "max_steps": 110,
@@ -45,15 +45,68 @@ def test_lr_without_warmup_starts_high():
 
 def test_each_parameter_is_in_exactly_one_group():
     model = tiny_model()
-    decayed, plain = optim.parameter_groups(model, weight_decay=0.01)
-    ids = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
+    groups = optim.parameter_groups(model, weight_decay=0.01, embedding_share=4.0)
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(ids) == sorted(id(parameter) for parameter in model.parameters())
-    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.01, 0.0]
+    assert [group["lr_share"] for group in groups] == [4.0, 1.0, 1.0]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for parameter in decayed["params"]:
-        assert names[id(parameter)].endswith(".weight") and ".ln_" not in names[id(parameter)]
-    for parameter in plain["params"]:
-        assert names[id(parameter)].endswith(".bias") or ".ln_" in names[id(parameter)]
+    embeddings, matrices, vectors = ([names[id(p)] for p in group["params"]] for group in groups)
+    assert embeddings == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert all(name.endswith(".weight") and ".ln_" not in name for name in matrices)
+    assert all(name.endswith(".bias") or ".ln_" in name for name in vectors)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_embeddings_learn_at_a_rate_of_their_own(name):
+    """AdamW's first step is the learning rate, whatever the gradient's size."""
+    model, before = tiny_model(), tiny_model()
+    settings = {"weight_decay": 0.0, "betas": (0.9, 0.95), "world": ALONE}
+    optimizer = optim.build_optimizer(name, model, **settings, embedding_share=4.0)
+    optim.set_learning_rate(optimizer, 0.01)
+    model(random_ids(4, 16), random_ids(64, seed=9)).sum().backward()
+    optimizer.step()
+    moved = {
+        key: (after - old).abs().max().item()
+        for (key, after), old in zip(model.named_parameters(), before.parameters(), strict=True)
+    }
+    for key in ("wte", "wpe"):
+        assert moved[f"transformer.{key}.weight"] == pytest.approx(0.04, rel=1e-3)
+    assert moved["transformer.ln_f.weight"] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_brings_moments_and_the_settings_bring_groups(name):
+    """Older checkpoints have embeddings and matrices in one group."""
+    settings = {"betas": (0.9, 0.95), "world": ALONE}
+    models = tiny_model(), tiny_model(seed=1)
+    first = optim.build_optimizer(name, models[0], weight_decay=0.1, **settings)
+    models[0](random_ids(4, 16), random_ids(64, seed=9)).sum().backward()
+    first.step()
+    state = first.state_dict()
+    adamw = state if name == "adamw" else state["adamw"]
+    embeddings, matrices, vectors = adamw["param_groups"]
+    embeddings["params"] += matrices["params"]
+    adamw["param_groups"] = [embeddings, vectors]
+    for group in adamw["param_groups"]:
+        del group["lr_share"]
+    second = optim.build_optimizer(
+        name, models[1], weight_decay=0.3, **settings, embedding_share=4.0
+    )
+    second.load_state_dict(state)
+    optim.set_learning_rate(second, 0.01)
+    assert {(group["lr"], group["weight_decay"]) for group in second.param_groups} == {
+        (0.04, 0.3),
+        (0.01, 0.3),
+        (0.01, 0.0),
+    }
+    found, wanted = second.state_dict(), first.state_dict()
+    if name == "muon":
+        found, wanted = found["adamw"], wanted["adamw"]
+    assert len(found["state"]) > 10
+    for number, moments in wanted["state"].items():
+        for key, tensor in moments.items():
+            assert torch.equal(found["state"][number][key], tensor)
 
 
 def test_optimizer_takes_its_settings():
@@ -61,7 +114,7 @@ def test_optimizer_takes_its_settings():
         "adamw", tiny_model(), weight_decay=0.03, betas=(0.8, 0.9), world=ALONE
     )
     optim.set_learning_rate(optimizer, 0.5)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.03, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 

@@ -28,6 +28,9 @@ class GPTConfig:
     bias: bool = True  # in every Linear and LayerNorm, as GPT-2 has it
 
 
+KEY_STEP = 128  # keys of a cached attention are a multiple of it
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, one row a sequence, rows of any lengths.
 
@@ -36,32 +39,34 @@ class KVCache:
 
     A chunk of T tokens is written behind each row's `lengths`. Rows shorter than the chunk are
     padded on the right: what stands past a row's length is never attended to, and overwritten.
+
+    The keys in use grow by KEY_STEP at a time, those not yet written masked: what is set up once
+    for a shape, as a CUDA graph, then serves many tokens.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_tokens: int, like: Tensor):
         head_size = config.n_embd // config.n_head
+        capacity = math.ceil(max_tokens / KEY_STEP) * KEY_STEP
         # (L, B, S, H, D): time before heads, so that a token is written in one piece.
-        shape = (config.n_layer, batch_size, max_tokens, config.n_head, head_size)
+        shape = (config.n_layer, batch_size, capacity, config.n_head, head_size)
         # On a CPU, bfloat16 attention of single queries takes several times as long as float32's.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)  # (B,)
         self.end = 0  # tokens placed; kept on the host, which need not ask a GPU how long rows are
-        self.is_fixed = False  # a CUDA graph replays one shape; see `fix`
 
-    def fix(self) -> None:
-        """Attend over the whole capacity from now on, so that every step has the same shapes."""
-        self.is_fixed = True
+    def n_keys(self, n_tokens: int) -> int:
+        """Keys that the next chunk of `n_tokens` attends over."""
+        return math.ceil((self.end + n_tokens) / KEY_STEP) * KEY_STEP
 
     def place(self, n_tokens: int) -> Tensor:
         """Positions (B, T) of the next chunk of `n_tokens`, which must fit."""
+        self._n_keys = self.n_keys(n_tokens)
         self.end += n_tokens
-        capacity = self.keys.shape[2]
-        assert self.end <= capacity, "the cache is full"
+        assert self.end <= self.keys.shape[2], "the cache is full"
         self._positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
         # A query sees the keys up to its own position: all that its row has seen, and no padding.
-        self._n_keys = capacity if self.is_fixed else self.end
         keys = torch.arange(self._n_keys, device=self.lengths.device)
         self._mask = (keys <= self._positions[:, :, None])[:, None]  # (B, 1, T, S)
         return self._positions

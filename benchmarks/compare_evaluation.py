@@ -28,7 +28,7 @@ from model import GPT
 from nanosynth import settings
 from nanosynth.data import bins
 from nanosynth.device import choose_device, choose_dtype
-from nanosynth.inference.cpu import speed_up_inference
+from nanosynth.inference.speed import speed_up_inference
 from nanosynth.settings import setting
 from nanosynth.training import distributed
 

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from nanosynth import settings, tokenizer
 from nanosynth.device import choose_device, choose_dtype
 from nanosynth.inference import generation
-from nanosynth.inference.cpu import speed_up_inference
+from nanosynth.inference.speed import speed_up_inference
 from nanosynth.settings import setting
 
 PROMPT = list(range(1000, 1016))

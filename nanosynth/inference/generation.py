@@ -26,7 +26,7 @@ class Sampling:
     top_k: int = 0  # keep the k likeliest tokens; 0: all
     top_p: float = 1.0  # keep the likeliest tokens up to this much probability
     seed: int = 42
-    cuda_graph: bool = False  # see `_capture`
+    cuda_graph: bool = False  # see `_by_graph`
 
     def room(self, block_size: int) -> int:
         """Tokens of a prompt that leave room for the answer: at least half the context."""
@@ -102,7 +102,8 @@ def stream(
         np.random.default_rng([sampling.seed, number]).random(max_new_tokens) for number in numbers
     ]
     uniforms = torch.tensor(np.stack(draws, axis=1)).to(device)  # (max_new_tokens, B)
-    step = _capture(model, cache) if sampling.cuda_graph else functools.partial(_step, model, cache)
+    by_graph = sampling.cuda_graph
+    step = _by_graph(model, cache) if by_graph else functools.partial(_step, model, cache)
     finished = [False] * len(prompts)
     for n_new in range(1, max_new_tokens + 1):
         next_ids = pick(logits, uniforms[n_new - 1], sampling)
@@ -125,28 +126,31 @@ def _step(model: GPT, cache: KVCache, ids: Tensor) -> Tensor:
     return logits
 
 
-def _capture(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """`_step` as one CUDA graph: a token's hundreds of small kernels are launched at once.
+def _by_graph(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`_step` by CUDA graphs: a token's hundreds of small kernels are launched at once.
 
-    A graph's shapes are fixed, so it attends over the whole cache, and each call overwrites the
-    logits of the one before.
+    A graph has one shape. The first step of each number of keys runs as it is, which loads its
+    kernels; the second is recorded; the others replay it, over the logits of the one before.
     """
-    cache.fix()
     ids = torch.zeros_like(cache.lengths)
-    lengths, end = cache.lengths.clone(), cache.end
-    _step(model, cache, ids)  # kernels are loaded and libraries set up outside of the capture
-    cache.lengths.copy_(lengths)
-    cache.end = end
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # records, and computes nothing
-        logits = _step(model, cache, ids)
+    n_keys, graph, logits = 0, None, None
 
-    def replay(next_ids: Tensor) -> Tensor:
+    def step(next_ids: Tensor) -> Tensor:
+        nonlocal n_keys, graph, logits
         ids.copy_(next_ids)
+        if cache.n_keys(1) != n_keys:
+            n_keys, graph = cache.n_keys(1), None
+            return _step(model, cache, ids)
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records, and computes nothing
+                logits = _step(model, cache, ids)
+        else:
+            cache.end += 1  # on the host, which a replay does not pass through
         graph.replay()
         return logits
 
-    return replay
+    return step
 
 
 def generate(

@@ -1,5 +1,6 @@
 """How likely a model finds continuations of contexts."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from model import GPT
 from nanosynth import tokenizer
 
 MAX_TARGETS = 8192  # scored at once: their float32 logits take 1.6 GB
+WIDTH_STEP = 32  # a batch's width is a multiple of it: few shapes, and little padding
 
 Pair = tuple[list[int], list[int]]  # (context, continuation), neither empty
 
@@ -58,7 +60,8 @@ def score(model: GPT, pairs: Sequence[Pair], batch_size: int) -> list[tuple[floa
 
 def _score_batch(model: GPT, pairs: list[Pair]) -> list[tuple[float, bool]]:
     device = next(model.parameters()).device
-    width = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+    longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+    width = min(math.ceil(longest / WIDTH_STEP) * WIDTH_STEP, model.config.block_size)
     inputs = np.full((len(pairs), width), tokenizer.END_OF_TEXT, dtype=np.int64)  # (B, T)
     index: list[int] = []
     for row, (context, continuation) in enumerate(pairs):

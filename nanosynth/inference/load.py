@@ -7,7 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, tokenizer
-from nanosynth.inference.cpu import speed_up_inference
+from nanosynth.inference.speed import speed_up_inference
 
 
 class LoadedRun(NamedTuple):

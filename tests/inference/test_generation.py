@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanosynth import tokenizer
 from nanosynth.inference import generation
 from nanosynth.inference.generation import Sampling
 from scripted import model_of_chat, script_of
+from tiny import tiny_model
 
 PROMPTS = [[1, 2, 3], [50_000, 7, 9, 11, 13, 2, 40], [5], [700, 800]]
 
@@ -27,6 +29,58 @@ def test_greedy_with_cache_equals_greedy_without():
             ids.append(int(model(torch.tensor([ids]))[-1, : tokenizer.N_IDS].argmax()))
         assert found == ids[len(prompt) :]
         assert len(set(found)) > 2  # not one token again and again
+
+
+def test_a_decoding_step_meets_few_shapes(monkeypatch):
+    """What is set up once for a shape (an attention's plan, a CUDA graph) is so for 128 tokens."""
+    attend, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(q, k, v, attn_mask):
+        shapes.append((q.shape, k.shape, attn_mask.shape))
+        return attend(q, k, v, attn_mask=attn_mask)
+
+    model = tiny_model(vocab_size=tokenizer.VOCAB_SIZE, block_size=640, n_layer=1).eval()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    prompts = [list(range(20)), list(range(7))]
+    texts = generate(model, prompts, max_new_tokens=300)
+    assert [len(text) for text in texts] == [300, 300] and len(shapes) == 300
+    assert len(set(shapes[1:])) == 3 == -(-320 // 128)  # the first is the prompts'
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on a CPU: recording has no effect, a replay fills the recorded tensors anew."""
+
+    def __enter__(self):
+        self.calls, self.changed = [], []
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.changed):
+            tensor.copy_(before)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            self.changed.append((args[0], args[0].clone()))
+        found = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, found))
+        return found
+
+    def replay(self):
+        for function, args, kwargs, found in self.calls:
+            again = function(*args, **kwargs)
+            if isinstance(found, torch.Tensor) and not function._schema.is_mutable:
+                found.copy_(again)  # nothing new where it is a view
+
+
+def test_recorded_steps_give_the_same_tokens(monkeypatch):
+    """Several numbers of keys, on any machine, with a recorder for torch's graph."""
+    monkeypatch.setattr("model.KEY_STEP", 4)
+    model = model_of_chat()
+    wanted = generate(model, PROMPTS, max_new_tokens=12)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recorder: recorder)
+    assert generate(model, PROMPTS, max_new_tokens=12, cuda_graph=True) == wanted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")

@@ -45,6 +45,15 @@ def test_score_equals_a_direct_computation():
     assert likelihood.score(model, [], 4) == []
 
 
+def test_widths_are_rounded_up_to_the_context():
+    widths = []
+    model = tiny_model(vocab_size=tokenizer.VOCAB_SIZE, block_size=80).eval()
+    model.register_forward_pre_hook(lambda _, arguments: widths.append(arguments[0].shape[1]))
+    pairs = [([1] * n, [2]) for n in (80, 65, 64, 40, 33, 32, 3)]
+    likelihood.score(model, pairs, batch_size=1)
+    assert widths == [80, 80, 64, 64, 64, 32, 32]
+
+
 def test_batches_are_limited_in_rows_and_in_scored_tokens(monkeypatch):
     monkeypatch.setattr(likelihood, "MAX_TARGETS", 10)
     pairs = [([1], [1] * n) for n in (3, 12, 4, 6, 1, 1, 1)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanosynth.device import autocast
-from nanosynth.inference.cpu import PackedLinear, speed_up_inference
+from nanosynth.inference.speed import PackedLinear, speed_up_inference
 from tiny import CPU, random_ids, tiny_model
 
 
@@ -28,6 +28,15 @@ def test_a_packed_model_with_a_cache():
     with torch.inference_mode():
         found, wanted = (m(ids, cache=m.new_cache(2, 8)) for m in (packed, model))
     torch.testing.assert_close(found, wanted)
+
+
+def test_no_attention_that_plans_for_each_length():
+    """cuDNN's has a plan for each shape: 0.1 to 0.4 s for each new token."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    speed_up_inference(tiny_model(), torch.float16)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_a_dtype_without_kernels_is_left_as_it_is():

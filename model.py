@@ -215,8 +215,12 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
+        return self.score(x.view(B * T, -1), targets, logit_index)
+
+    def score(self, x: Tensor, targets: Tensor | None, logit_index: Tensor | None) -> Tensor:
+        """The end of `forward`: what it returns, of the stream x (B*T, C) behind the last block."""
         # Pre-norm leaves the stream's scale free; the last LayerNorm sets it for the logits.
-        x = self.transformer.ln_f(x).view(B * T, -1)  # (B, T, C) -> (B*T, C)
+        x = self.transformer.ln_f(x)
         if logit_index is not None:
             # The head is the largest product of all: none for tokens that count nowhere.
             x = x[logit_index]  # (N, C)
@@ -226,6 +230,16 @@ class GPT(nn.Module):
         # In float32, whatever the products were in: exp and the sum over 50,304 need the digits.
         # Not reduced: the caller divides the sum by what the whole step counts.
         return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def compile(self, **options) -> None:
+        """torch.compile of each block and of `score`, in place, so that state-dict names stay.
+
+        The blocks are alike and share one graph, so it takes as long at any depth; and DDP sends a
+        block's gradients while the backward pass of the block before it runs.
+        """
+        for block in self.transformer.h:
+            block.compile(**options)
+        self.score = torch.compile(self.score, **options)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_tokens` tokens."""

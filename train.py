@@ -350,11 +350,15 @@ def evaluate(run: Run, n_rows: int) -> float:
     # Batches are dealt out to the ranks in turn; the sums are the same for any number of them.
     for start in range(world.rank * size, n_rows, world.size * size):
         rows = list(range(start, min(start + size, n_rows)))
+        n_targets = bins.count_targets(run.val_split, rows, config.block_size, config.loss_on)
+        # All batches are whole, the last one by a row that doesn't count: another shape would make
+        # the compiled graphs general, and slow.
+        rows += rows[-1:] * (size - len(rows))
         batch = bins.read_batch(run.val_split, rows, config.block_size, config.loss_on)
         with autocast(world.device, run.dtype):
             losses = run.raw_model(*batch.to(world.device))  # (N,)
-        totals[0] += losses.double().sum()
-        totals[1] += losses.numel()
+        totals[0] += losses[:n_targets].double().sum()
+        totals[1] += n_targets
     run.raw_model.train()
     loss_sum, n_targets = world.sum(totals).tolist()  # a collective
     return loss_sum / n_targets if n_targets else math.nan
@@ -492,6 +496,10 @@ def count_steps(config: TrainConfig, order: bins.RowOrder) -> int:
     return steps
 
 
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    return config.compile is True or (config.compile == "auto" and device.type == "cuda")
+
+
 def build(
     config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
 ) -> Run:
@@ -537,8 +545,9 @@ def build(
         identity=identity(config, train_split),
     )
     run = restore(run)  # before DDP, which sends rank 0's weights to the others
-    # In place, so that the state dict keeps its names; DDP goes around what is compiled.
-    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+    if is_compiled(config, world.device):
+        # Block by block already; DDP's own cuts, by its buckets' 25 MB, would make more graphs.
+        torch._dynamo.config.optimize_ddp = False
         raw_model.compile()
     if world.size > 1:
         run = replace(run, model=DistributedDataParallel(raw_model, gradient_as_bucket_view=True))

@@ -165,7 +165,7 @@ def measure(config: StepConfig, world: distributed.World) -> dict:
     # No schedule is measured, but one must reach the last step that is taken.
     whole = dataclasses.replace(config, max_steps=done + n_phased + 1, warmup_steps=0)
     run = train.build(whole, world, train.open_splits(config))
-    is_compiled = run.raw_model._compiled_call_impl is not None
+    is_compiled = train.is_compiled(config, world.device)
     size, count = (8192, 50) if world.device.type == "cuda" else (1024, 20)
     first, *_ = time_steps(run, 0, config.untimed_steps)
     caches = torch._dynamo.utils.counters

@@ -1,4 +1,5 @@
 import errno
+import functools
 import math
 import os
 import shutil
@@ -438,3 +439,65 @@ def test_out_of_memory_names_the_flags(tiny_bins, tmp_path, monkeypatch):
     wanted = r"^CUDA out of memory at micro_batch_size=2; halve it, .* --gradient_checkpointing"
     with pytest.raises(UserError, match=wanted):
         train_run(tiny_bins, tmp_path / "run")
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.Graph]:
+    """The graphs that a run compiles, by a backend that leaves them as they are."""
+    found = []
+
+    def backend(module, inputs):
+        found.append(module.graph)
+        return module.forward
+
+    compile_parts = train.GPT.compile
+    monkeypatch.setattr(train.GPT, "compile", lambda model: compile_parts(model, backend=backend))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(optimize_ddp=True):  # as torch has it
+        yield found
+    torch._dynamo.reset()
+
+
+def is_symbolic(graph: torch.fx.Graph) -> bool:
+    values = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+    sizes = [value.shape if isinstance(value, torch.Tensor) else [value] for value in values]
+    return any(isinstance(size, torch.SymInt) for shape in sizes for size in shape)
+
+
+@pytest.mark.parametrize("n_layer", [2, 6])
+def test_a_compiled_run_has_four_graphs_at_any_depth_and_of_fixed_sizes(
+    tiny_bins, tmp_path, graphs, n_layer
+):
+    """Block and head, in training and in evaluation, whose last batch is short of a row."""
+    changes = {"n_layer": n_layer, "eval_rows": 3, "max_steps": 3, "gradient_checkpointing": True}
+    records = train_run(tiny_bins, tmp_path / "run", compile=True, **changes)
+    assert len(graphs) == 4 and not any(map(is_symbolic, graphs))
+    eager = train_run(tiny_bins, tmp_path / "eager", **changes)
+    assert losses(records) == losses(eager) and losses(records, "val") == losses(eager, "val")
+
+
+def test_targets_of_any_number_leave_the_blocks_graph_of_fixed_size(tiny_bins, tmp_path, graphs):
+    train_run(tiny_bins, tmp_path / "run", compile=True, loss_on="assistant")
+    n_symbolic = sum(map(is_symbolic, graphs))
+    assert len(graphs) - n_symbolic == 4 and n_symbolic <= 2  # the head's alone
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_does_not_cut_the_compiled_graphs(tiny_bins, tmp_path, graphs, group, monkeypatch):
+    """Into the pieces that fill its buckets, here of 1 KB."""
+    ddp = functools.partial(train.DistributedDataParallel, bucket_cap_mb=0.001)
+    monkeypatch.setattr(train, "DistributedDataParallel", ddp)
+    flags = {**RUN, "data_dir": tiny_bins, "out_dir": str(tmp_path), "compile": True}
+    config = train.TrainConfig(**flags)
+    run = train.build(config, replace(ALONE, size=2), train.open_splits(config))
+    train.train_step(run, train.micro_batches(run, 0), n_targets=32)
+    assert isinstance(run.model, torch.nn.parallel.DistributedDataParallel) and len(graphs) == 2

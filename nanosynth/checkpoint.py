@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanosynth import UserError
-from nanosynth.files import HashedFile, sync, write_atomically
+from nanosynth.files import HashedFile, sync, temporary, write_atomically
 
 FORMAT_VERSION = 1
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
@@ -49,19 +49,20 @@ def save(
 
     Tensors that share storage (a tied embedding) are stored once, their other names in the meta.
     """
-    target, temporary = folder(run_dir, step), run_dir / f".tmp-step_{step:06d}"
-    temporary.mkdir()
+    target = folder(run_dir, step)
+    unfinished = temporary(target)
+    unfinished.mkdir()
     try:
-        _write(temporary, step, model, train_state, meta)
-        os.rename(temporary, target)
+        _write(unfinished, step, model, train_state, meta)
+        os.rename(unfinished, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync(run_dir)
     return target
 
 
-def _write(temporary: Path, step: int, model: dict, train_state: dict, meta: dict) -> None:
+def _write(unfinished: Path, step: int, model: dict, train_state: dict, meta: dict) -> None:
     first_names: dict[int, str] = {}
     aliases = {}
     for name, tensor in model.items():
@@ -70,10 +71,10 @@ def _write(temporary: Path, step: int, model: dict, train_state: dict, meta: dic
             aliases[name] = first
     stored = {name: model[name].contiguous() for name in model if name not in aliases}
     files = {}
-    with HashedFile(temporary / MODEL) as file:
+    with HashedFile(unfinished / MODEL) as file:
         file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
     files[MODEL] = file.summary()
-    with HashedFile(temporary / TRAIN_STATE) as file:
+    with HashedFile(unfinished / TRAIN_STATE) as file:
         try:
             torch.save(train_state, file)
         except RuntimeError as error:
@@ -81,9 +82,9 @@ def _write(temporary: Path, step: int, model: dict, train_state: dict, meta: dic
     files[TRAIN_STATE] = file.summary()
     meta = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases, **meta}
     meta["files"] = files
-    with HashedFile(temporary / META) as file:
+    with HashedFile(unfinished / META) as file:
         file.write(_serialise(meta))
-    sync(temporary)
+    sync(unfinished)
 
 
 def _serialise(meta: dict) -> bytes:
@@ -200,7 +201,7 @@ def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
     Saves and deletions that were cut short are cleaned up.
     """
     for leftover in [*run_dir.glob(".tmp-step_*"), *run_dir.glob(".trash-step_*")]:
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     if resume == "auto":
         path = newest_good(run_dir)
     else:
@@ -271,7 +272,6 @@ def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a step folder; it loses its name first, so a deletion cut short leaves no torn one."""
-    trash = path.with_name(f".trash-{path.name}")
-    shutil.rmtree(trash, ignore_errors=True)
+    trash = temporary(path, "trash")
     os.rename(path, trash)
     shutil.rmtree(trash)

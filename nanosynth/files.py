@@ -1,9 +1,13 @@
 """Files that others read: written under a temporary name, synced, and renamed into place."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +18,7 @@ class HashedFile:
     """A new binary file that counts and hashes what is written, and syncs it when closed."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=1 << 20)
+        self._file = open(path, "xb", buffering=1 << 20)  # never through a link
         self._digest = hashlib.sha256()
         self._bytes = 0
         self.error: OSError | None = None  # the first; torch.save turns it into a RuntimeError
@@ -45,12 +49,33 @@ class HashedFile:
                 os.fsync(self._file.fileno())
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content`: a crash leaves the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with HashedFile(temporary) as file:
-        file.write(content.encode())
-    os.replace(temporary, path)
+def not_through_a_link(path: str, flags: int) -> int:
+    """An opener for `open`: a link in the place of a file is an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def temporary(path: Path, kind: str = "tmp") -> Path:
+    """A name beside `path` to write under. Nobody can foresee it, so no link lies in wait there,
+    and nothing of the user's has it.
+    """
+    return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(8)}")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`: a crash leaves the old content or the new, never a part.
+
+    A text is UTF-8; the bytes of a path that are none stand in it as escapes.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    unfinished = temporary(path)
+    try:
+        with HashedFile(unfinished) as file:
+            file.write(content)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -73,16 +98,55 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f"{path} is there and is no empty folder; give the name of a new one")
-    temporary = path.with_name(f".tmp-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    unfinished = temporary(path)
+    unfinished.mkdir()
     try:
-        yield temporary
-        for part in (*temporary.rglob("*"), temporary):
+        yield unfinished
+        for part in (*unfinished.rglob("*"), unfinished):
             sync(part)
-        os.rename(temporary, path)
+        os.rename(unfinished, path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+LOCK = ".lock"
+# What a file system without locks answers; those of a network often have none.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone, by a lock on the file .lock in it, which the kernel
+    releases however the process ends; raises UserError where another process holds it.
+
+    Where the file system has no locks that is said, and nothing is held.
+    """
+    path = folder / LOCK
+    while True:
+        descriptor = not_through_a_link(str(path), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"another process works in {folder}; wait for it, end it, or name another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            said = f"{folder} is on a file system without locks: let no other process work there"
+            print(said, file=sys.stderr)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # its owner has removed it since it was opened
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held, so that nobody is left with a lock on no file
+        os.close(descriptor)

@@ -1,6 +1,6 @@
 """curves.png: a run's losses, learning rate, loss scale, gradient norm and speed over its steps."""
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
+from nanosynth.files import write_atomically
 from verdict.criteria import Events
 from verdict.figures import GAP_STEPS
 from verdict.runs import Run
@@ -57,9 +58,9 @@ def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
     handles, labels = axes["loss"].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # a mark that several runs have
     figure.legend(once.values(), once.keys(), fontsize=9, loc="outside upper left", ncols=2)
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110, format="png")
+    write_atomically(path, png.getvalue())
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:

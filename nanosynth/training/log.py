@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from nanosynth import settings
 from nanosynth.device import memory_gb, model_flops_utilisation
-from nanosynth.files import write_atomically
+from nanosynth.files import not_through_a_link, write_atomically
 
 
 class MetricsFile:
     """metrics.jsonl, appended; a resumed run cuts off what the checkpoint does not know."""
 
     def __init__(self, path: Path, resume_at: int):
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0, opener=not_through_a_link)
         self._file.truncate(min(resume_at, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
         self._unwritten = b""  # what a full disk has kept back

@@ -577,12 +577,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         assert not any((tmp_path / "empty").iterdir())
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    (tmp_path / ".tmp-empty").mkdir()  # as an earlier one that was killed left it
-    (tmp_path / ".tmp-empty" / "stale").write_text("x")
+    (tmp_path / ".tmp-empty").mkdir()  # a user's
+    (tmp_path / ".tmp-empty" / "kept").write_text("x")
     with files.new_folder(tmp_path / "empty") as folder:
         (folder / "whole").write_text("x")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["whole"]
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", ".tmp-empty"}
+    assert (tmp_path / ".tmp-empty" / "kept").read_text() == "x"
 
 
 def test_a_run_of_another_vocabulary_is_refused(tmp_path):

@@ -45,9 +45,9 @@ class _Raw(io.FileIO):
 def watch(before: Callable[[Operation, Callable | None], None]) -> Iterator[None]:
     """Call `before(operation, write)` ahead of each; `write` is the raw write where it is one."""
 
-    def opened(path: object, mode: str, buffering: int = -1) -> object:
+    def opened(path: object, mode: str, buffering: int = -1, opener: Callable | None = None):
         if "r" in mode:
-            return open(path, mode, buffering)
+            return open(path, mode, buffering, opener=opener)
         raw = _Raw(path, mode.replace("b", ""), before)
         return io.BufferedWriter(raw, buffering) if buffering else raw
 

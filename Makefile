@@ -1,4 +1,5 @@
 # make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
+# make browser: report.html in a Chromium, installed where there is none (as root, by apt-get).
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; half an hour or so on 2 cores.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
@@ -10,7 +11,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compil
 BENCHMARKS := $(RUN) -m benchmarks
 NANOGPT ?= ../nanoGPT
 
-.PHONY: demo test faults bench bench-gpu lint venv clean
+.PHONY: demo test browser faults bench bench-gpu lint venv clean
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
@@ -23,6 +24,10 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.development lint
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+browser: $(VENV)/.development
+	command -v chromium || apt-get install -y --no-install-recommends chromium
+	$(RUN) -m pytest tests/verdict/test_browser.py
 
 faults: $(VENV)/.development
 	$(RUN) -m pytest tests/faults --campaign

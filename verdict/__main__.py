@@ -17,7 +17,7 @@ from nanosynth.settings import setting
 @dataclass(frozen=True, kw_only=True)
 class VerdictConfig(settings.Settings):
     """Measure a run where it is not measured yet (eval_ppl.json, tasks.json), judge it by the
-    criteria, and write report.md, report.json and curves.png.
+    criteria, and write report.html, report.md, report.json and curves.png.
     """
 
     run: settings.MANY = setting(
@@ -64,7 +64,7 @@ class VerdictConfig(settings.Settings):
         "", "where the report goes; empty: the first run's folder", group="The report", path=True
     )
     samples: int = setting(
-        5, "answers shown of each run, to the first prompts of its file", at_least=0
+        5, "answers shown of each kind: coherent, and each part that failed", at_least=0
     )
 
     def check(self) -> None:

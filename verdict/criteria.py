@@ -30,6 +30,11 @@ THRESHOLDS = {
     "stability": "no NaN, no spike",
     "reproducibility": f"spread <= {MAX_SPREAD:g}",
 }
+SCALES = {  # of a picture of a figure: its ends, and the threshold in between
+    "perplexity": (0.0, 2 * MAX_PERPLEXITY, MAX_PERPLEXITY),
+    "coherence": (0.0, 1.0, MIN_COHERENT),
+    "reproducibility": (0.0, 2 * MAX_SPREAD, MAX_SPREAD),
+}
 HOW = {
     "perplexity": "exp of the mean loss over the tokens of the validation split, each scored once "
     "by the best checkpoint; the interval resamples whole documents. Below "

@@ -1,9 +1,12 @@
-"""curves.png: a run's losses, learning rate, loss scale, gradient norm and speed over its steps."""
+"""curves.png, and its panels one by one: a run's losses, learning rate, loss scale, gradient norm
+and speed over its steps.
+"""
 
 import io
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -14,12 +17,15 @@ from verdict.criteria import Events
 from verdict.figures import GAP_STEPS
 from verdict.runs import Run
 
+INK = "#010203"  # a colour that no line has, to be replaced by the page's own
+PLAIN = {"text.parse_math": False}  # a $ in a run's name is no formula
 MARKS = {  # of Events: marker, height in the panel, what it says
     "not_finite": ("X", 0.96, "NaN"),
     "spikes": ("v", 0.90, "spike"),
     "skipped": ("|", 0.03, "skipped step"),
 }
 PANELS = {
+    "loss": ("loss in nats a token", "log"),
     "lr": ("learning rate", "linear"),
     "grad_norm": ("gradient norm, before clipping", "log"),
     "loss_scale": ("loss scale", "log"),
@@ -29,38 +35,68 @@ PANELS = {
 
 def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
     """Draw the runs over one another, and replace `path` by the picture."""
+    with rc_context(PLAIN):
+        write_atomically(path, _as_png(found, events))
+
+
+def _as_png(found: list[Run], events: dict[str, Events]) -> bytes:
     figure = Figure(figsize=(12, 11), layout="constrained")
     axes = figure.subplot_mosaic(
         [["loss", "loss"], ["lr", "grad_norm"], ["loss_scale", "tokens_per_second"]],
         height_ratios=[2.2, 1, 1],
     )
-    for number, run in enumerate(found):
-        colour = f"C{number % 10}"
-        _draw_losses(axes["loss"], run, colour)
-        for name in PANELS:
-            axes[name].plot(*_series(run.train, name), color=colour, linewidth=1, alpha=0.7)
-        for kind, (marker, height, label) in MARKS.items():
-            if steps := getattr(events[run.path], kind):
-                # At the panel's edge, however far a value flew.
-                across = {"transform": axes["loss"].get_xaxis_transform(), "markersize": 9}
-                heights = [height] * len(steps)
-                axes["loss"].plot(steps, heights, marker, color=colour, label=label, **across)
-    for name, (title, scale) in {**PANELS, "loss": ("loss in nats a token", "log")}.items():
-        axes[name].set_title(title, loc="left", fontsize=10)
-        axes[name].set_xlabel("step")
-        axes[name].set_yscale(scale, **({"base": 2} if name == "loss_scale" else {}))
-        axes[name].yaxis.set_major_formatter("{x:,g}")
-        if scale == "log":  # ticks between the powers get labels too where there are few powers
-            axes[name].yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
-            axes[name].yaxis.set_minor_formatter("{x:,g}")
-        axes[name].grid(alpha=0.3, which="both")
-    axes["tokens_per_second"].set_ylim(bottom=0)
-    handles, labels = axes["loss"].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))  # a mark that several runs have
-    figure.legend(once.values(), once.keys(), fontsize=9, loc="outside upper left", ncols=2)
+    for name, axis in axes.items():
+        _draw_panel(axis, name, found, events)
+    figure.legend(*_labels(axes["loss"]), fontsize=9, loc="outside upper left", ncols=2)
     png = io.BytesIO()
     figure.savefig(png, dpi=110, format="png")
-    write_atomically(path, png.getvalue())
+    return png.getvalue()
+
+
+def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:
+    """Each panel as an <svg> of its own, drawn in the text colour of the page that has it."""
+    pictures = []
+    lines = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK)
+    lines |= dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK)
+    with rc_context({**PLAIN, **lines, "svg.fonttype": "none", "legend.framealpha": 0}):
+        for name in PANELS:
+            figure = Figure(figsize=(7, 5) if name == "loss" else (5, 3), layout="constrained")
+            axis = figure.subplots()
+            _draw_panel(axis, name, found, events)
+            if name == "loss":
+                figure.legend(*_labels(axis), fontsize=9, loc="outside upper left")
+            text = io.StringIO()
+            figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+            svg = text.getvalue()
+            pictures.append(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+    return pictures
+
+
+def _draw_panel(axis: Axes, name: str, found: list[Run], events: dict[str, Events]) -> None:
+    for number, run in enumerate(found):
+        colour = f"C{number % 10}"
+        if name == "loss":
+            _draw_losses(axis, run, events[run.path], colour)
+        else:
+            axis.plot(*_series(run.train, name), color=colour, linewidth=1, alpha=0.7)
+    title, scale = PANELS[name]
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_yscale(scale, **({"base": 2} if name == "loss_scale" else {}))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    if scale == "log":  # ticks between the powers get labels too where there are few powers
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        axis.yaxis.set_minor_formatter("{x:,g}")
+    axis.grid(alpha=0.3, which="both")
+    if name == "tokens_per_second":
+        axis.set_ylim(bottom=0)
+
+
+def _labels(axis: Axes) -> tuple[list, list[str]]:
+    """(handles, labels) of a legend; a mark that several runs have comes once."""
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    return list(once.values()), list(once)
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +105,7 @@ def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array([record[name] for record in records], dtype=float)
 
 
-def _draw_losses(axis: Axes, run: Run, colour: str) -> None:
+def _draw_losses(axis: Axes, run: Run, events: Events, colour: str) -> None:
     steps, losses = _series(run.train, "loss")
     axis.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.6)
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
@@ -82,3 +118,8 @@ def _draw_losses(axis: Axes, run: Run, colour: str) -> None:
     marks = {"marker": "o", "markersize": 5, "markeredgecolor": "black"}
     label = f"{run.path}: validation" if run.val else None
     axis.plot(*_series(run.val, "loss"), "--", color=colour, linewidth=0.8, label=label, **marks)
+    for kind, (marker, height, label) in MARKS.items():
+        if steps := getattr(events, kind):
+            # At the panel's edge, however far a value flew.
+            across = {"transform": axis.get_xaxis_transform(), "markersize": 9}
+            axis.plot(steps, [height] * len(steps), marker, color=colour, label=label, **across)

@@ -1,14 +1,23 @@
-"""report.md, report.json and curves.png: the criteria, every figure, and how each was come by."""
+"""report.html, report.md, report.json and curves.png: the criteria, every figure, and how each was
+come by.
 
+The facts are gathered once; templates/ arranges them for a browser and as Markdown.
+"""
+
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import indent
+from typing import NamedTuple
+
+import jinja2
 
 from nanosynth import UserError
 from nanosynth.files import write_atomically
 from nanosynth.table import table
-from verdict import criteria, curves
+from verdict import criteria, curves, quality
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
 from verdict.figures import answers, figures, leaves, loss_at
 from verdict.runs import Run
@@ -28,16 +37,29 @@ LIMITS = (
     "Losses compare only at equal data, loss_on, block_size and eval_rows, and a difference below "
     "the spread over seeds is none.",
 )
+RULE_OF_CHOICE = (
+    "The first {} answers that are coherent and that fail each part of the rule, to different "
+    "prompts and in the order of the file: held-out prompts, sampled, the first sample of each, "
+    "where it has several. What fails several parts stands at the first of them."
+)
+MOST_ANSWERS = 5000  # of a run in report.html; a browser searches so many at once
 
 
-def bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+class Table(NamedTuple):
+    """Rows of cells, the first the head; `left` are the columns of text."""
+
+    rows: list[list[str]]
+    left: tuple[int, ...] = (0,)
 
 
 def shown(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def interval_text(ends: list[float] | None) -> str:
+    return " to ".join(map(shown, ends or ())) or "-"
 
 
 # How a criterion's figure stands in the headline.
@@ -72,28 +94,20 @@ def is_one_seed(judged: Judgement) -> bool:
     return judged.criterion == "reproducibility" and len(judged.runs) == 1
 
 
-def criteria_table(judgements: list[Judgement], *, markdown: bool) -> str:
+def criteria_table(judgements: list[Judgement]) -> Table:
     rows = [["criterion", "run", "threshold", "figure", "95% interval", "verdict"]]
     for judged in judgements:
-        interval = " to ".join(map(shown, judged.interval or ())) or "-"
-        facts = [criteria.THRESHOLDS[judged.criterion], shown(judged.figure), interval]
+        threshold, interval = criteria.THRESHOLDS[judged.criterion], interval_text(judged.interval)
         verdict = SECOND_SEED if is_one_seed(judged) else judged.verdict
-        rows.append([judged.criterion, ", ".join(judged.runs), *facts, verdict])
-    return table(rows, left=(0, 1, 2, 5), markdown=markdown)
+        facts = [threshold, shown(judged.figure), interval, verdict]
+        rows.append([judged.criterion, ", ".join(judged.runs), *facts])
+    return Table(rows, left=(0, 1, 2, 5))
 
 
-def criteria_section(judgements: list[Judgement]) -> str:
-    remarks = []
-    for judged in judgements:
-        command = f"; to measure it: `{judged.command}`" if judged.command else ""
-        remarks.append(f"{judged.criterion}, {', '.join(judged.runs)}: {judged.remark}{command}")
-    how = [f"**{name}**: {text}" for name, text in criteria.HOW.items()]
-    parts = [criteria_table(judgements, markdown=True), bullets(remarks)]
-    return "\n\n".join([*parts, "How each is measured:", bullets(how)])
-
-
-def figures_section(recipes: list[list[Run]]) -> tuple[str, dict]:
-    """Every figure of every run side by side, with the spread over the seeds of a recipe."""
+def figures_tables(recipes: list[list[Run]]) -> tuple[Table, dict[str, Table], dict]:
+    """Every figure of every run side by side, its spread over the seeds of a recipe by their names,
+    and both as values.
+    """
     runs = [run for recipe in recipes for run in recipe]
     by_run = {run.path: figures(run) for run in runs}
     evaluated = [loss_at(run) for run in runs]  # losses by tokens seen
@@ -109,18 +123,17 @@ def figures_section(recipes: list[list[Run]]) -> tuple[str, dict]:
         values = [str(run.settings.get(name, "-")) for run in runs]
         rows += [[f"--{name}", *values]] if len(set(values)) > 1 else []  # where the recipes differ
     rows += [[name, *(shown(values.get(name)) for values in by_run.values())] for name in names]
-    parts, spread = [table(rows, markdown=True)], {}
+    tables, spread = {}, {}
     for recipe in recipes:
         seeds = {run.path: by_run[run.path] for run in recipe if run.finished}
         if len(seeds) > 1:
             key = ", ".join(seeds)
             shared = [name for name in names if all(name in values for values in seeds.values())]
             spread[key] = {n: spread_of([values[n] for values in seeds.values()]) for n in shared}
-            rows = [["figure", "mean", "standard deviation", "lowest", "highest"]]
-            rows += [[name, *map(shown, values.values())] for name, values in spread[key].items()]
-            title = f"Over {len(seeds)} finished seeds of one recipe, {key}:"
-            parts += [title, table(rows, markdown=True)]
-    return "\n\n".join(parts), {"by_run": by_run, "spread": spread}
+            tables[key] = Table([["figure", "mean", "standard deviation", "lowest", "highest"]])
+            for name, values in spread[key].items():
+                tables[key].rows.append([name, *map(shown, values.values())])
+    return Table(rows), tables, {"by_run": by_run, "spread": spread}
 
 
 def spread_of(values: list[float]) -> dict[str, float]:
@@ -128,10 +141,10 @@ def spread_of(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "stdev": stdev(values), "lowest": min(values), "highest": max(values)}
 
 
-def answers_section(run: Run) -> str:
+def answers_table(run: Run) -> Table | None:
     """What was measured on answers, a column for each set of prompts and way of answering."""
     columns = answers(run)
-    intervals = [" to ".join(map(shown, mode["coherent"]["interval"])) for mode in columns.values()]
+    intervals = [interval_text(mode["coherent"]["interval"]) for mode in columns.values()]
     by_column = [dict(leaves(mode)) for mode in columns.values()]
     rows = [
         ["figure", *columns],
@@ -142,94 +155,170 @@ def answers_section(run: Run) -> str:
         rows.append([name, *(shown(v if KINDS["number"](v) else None) for v in values)])
         if name == "coherent":
             rows.append(["coherent, 95% interval", *intervals])
-    return table(rows, markdown=True) if columns else ""
+    return Table(rows) if columns else None
 
 
-def made_section(run: Run) -> str:
-    """How the run was made, so that it can be made again."""
+def made_lines(run: Run) -> list[tuple[str, str]]:
+    """(what, value) of how the run was made, so that it can be made again."""
     lines = []
     for start in run.config.get("starts", ()):
         others = ", ".join(f"{key} {value}" for key, value in start.items() if key != "command")
-        lines.append(f"`{start['command']}`: {others}")
+        lines.append((f"started, {others}", start["command"]))
     facts = {key: value for key, value in run.config.items() if key != "starts"}
     facts |= {f"data, {key}": value for key, value in run.data.items()}
-    return bullets([*lines, *(f"{key}: `{json.dumps(value)}`" for key, value in facts.items())])
+    return [*lines, *((key, json.dumps(value)) for key, value in facts.items())]
 
 
-def tasks_section(run: Run) -> str:
-    """Zero-shot scores beside chance and other models' published figures."""
-    rows = [["task", "metric", "model", "score", "standard error", "source"]]
-    for task, scored in run.tasks.get("zero_shot", {}).items():
-        own = [shown(scored["score"]), shown(scored.get("stderr")), f"n = {scored['n']:,}"]
-        rows.append([task, scored["metric"], run.path, *own])
-        rows.append([task, scored["metric"], "chance", shown(scored.get("chance")), "-", "-"])
-        for other in run.tasks.get("published", {}).get(task, ()):
-            theirs = [other["model"], shown(other["score"]), "-", other["source"]]
-            rows.append([task, other.get("metric", "-"), *theirs])
-    return table(rows, left=(0, 1, 2, 5), markdown=True) if len(rows) > 1 else ""
-
-
-def samples_section(run: Run, count: int) -> str:
-    """Answers to the first `count` prompts: held-out ones, sampled, where the file has several."""
-    firsts = [sample for sample in run.samples if not sample.get("sample")]  # of each prompt
-    chosen = [s for s in firsts if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
-    chosen = (chosen or firsts)[:count]
-    if not chosen:
-        return ""
-    parts = [
-        f"The first {len(chosen)} prompts of `{run.samples_file}`, answers whole and unedited."
+def zero_shot(run: Run) -> list[dict]:
+    """Each task's score beside chance and other models' published figures."""
+    published = run.tasks.get("published", {})
+    return [
+        {"task": task, "stderr": None, "chance": None, **scored, "others": published.get(task, ())}
+        for task, scored in run.tasks.get("zero_shot", {}).items()
     ]
-    for sample in chosen:
-        page = f"{sample['prompt']}{sample['text']}".splitlines()
-        coherent = sample.get("coherent", "not judged")
-        end = f"[{sample['finish']}, {sample['tokens']} tokens, coherent: {coherent}]"
-        parts.append("\n".join(f"    {line}".rstrip() for line in (*page, end)))
-    return "\n\n".join(parts)
 
 
-def compose(runs: list[Run], events: dict[str, Events], n_samples: int) -> tuple[str, dict, str]:
-    """The texts of report.md, of report.json as an object, and what the terminal shows."""
+def tasks_table(run: Run) -> Table | None:
+    rows = [["task", "metric", "model", "score", "standard error", "source"]]
+    for scored in zero_shot(run):
+        named = [scored["task"], scored["metric"]]
+        own = [shown(scored["score"]), shown(scored["stderr"]), f"n = {scored['n']:,}"]
+        rows.append([*named, run.path, *own])
+        rows.append([*named, "chance", shown(scored["chance"]), "-", "-"])
+        for other in scored["others"]:
+            theirs = [other["model"], shown(other["score"]), "-", other["source"]]
+            rows.append([scored["task"], other.get("metric", "-"), *theirs])
+    return Table(rows, left=(0, 1, 2, 5)) if len(rows) > 1 else None
+
+
+def finding(sample: dict) -> list[str]:
+    """What the coherence rule says of an answer: 'coherent', or the parts that failed."""
+    if "coherent" not in sample:
+        return ["not judged"]
+    failed = [part for part in quality.PARTS if sample.get(part) is False]
+    return failed or ["coherent" if sample["coherent"] else "not coherent"]
+
+
+def said(found: str) -> str:
+    """A finding in words."""
+    return f"failed: {found.replace('_', ' ')}" if found in quality.PARTS else found
+
+
+def chosen_samples(run: Run, count: int) -> dict[str, list[dict]]:
+    """By finding: the first `count` answers of it to different prompts, in the order of the file.
+
+    Held-out prompts, sampled, and the first sample of each, where the file has several. An answer
+    that failed several parts stands at the first of them.
+    """
+    firsts = [sample for sample in run.samples if not sample.get("sample")]  # of each prompt
+    held_out = [s for s in firsts if (s.get("set"), s.get("mode")) == ("validation", "sampled")]
+    groups: dict[str, dict[str, dict]] = {}
+    for sample in held_out or firsts:
+        group = groups.setdefault(finding(sample)[0], {})
+        if len(group) < count:
+            group.setdefault(sample["prompt"], sample)
+    order = ["coherent", *quality.PARTS, "not coherent", "not judged"]
+    return {name: list(groups[name].values()) for name in order if groups.get(name)}
+
+
+def filters(samples: list[dict]) -> dict[str, list[str]]:
+    """The values that the list of answers can be filtered by."""
+    by = {"set": [], "mode": [], "finding": []}
+    for sample in samples:
+        for name in ("set", "mode"):
+            by[name] += [str(sample[name])] if name in sample else []
+        by["finding"] += finding(sample)
+    return {name: sorted(set(values)) for name, values in by.items() if len(set(values)) > 1}
+
+
+def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
+    """All that the templates show."""
     recipes = criteria.recipes(runs)
     judged = [criteria.judge(recipe, events) for recipe in recipes]
-    headlines = [headline(*pair) for pair in zip(judged, recipes, strict=True)]
     every = [judgement for judgements in judged for judgement in judgements]
-    text, summary_of_figures = figures_section(recipes)
-    notes = [note for run in runs for note in run.notes]
-    parts = ["# Was pure synthetic data enough?", *(f"**{line}**" for line in headlines)]
-    parts += [criteria_section(every), "Left out, or not in agreement:", bullets(notes or ["none"])]
-    parts += ["## Figures", text, "![curves](curves.png)"]
-    for run in runs:
-        sections = {
-            f"## Answers of {run.path}": answers_section(run),
-            f"## Zero-shot tasks of {run.path}": tasks_section(run),
-            f"## How {run.path} was made": made_section(run),
-            f"## Samples of {run.path}": samples_section(run, n_samples),
-        }
-        parts += [part for pair in sections.items() if pair[1] for part in pair]
-    summary = {
-        "format_version": 1,
-        "headlines": headlines,
-        "criteria": [asdict(j) | {"threshold": criteria.THRESHOLDS[j.criterion]} for j in every],
+    side_by_side, spread, values = figures_tables(recipes)
+    return {
+        "headlines": [headline(*pair) for pair in zip(judged, recipes, strict=True)],
+        "judged": every,
+        "criteria": criteria_table(every),
+        "thresholds": criteria.THRESHOLDS,
+        "scales": criteria.SCALES,
         "how": criteria.HOW,
-        "figures": summary_of_figures,
+        "notes": [note for run in runs for note in run.notes],
+        "figures": side_by_side,
+        "spread": spread,
+        "values": values,
+        "rule_of_choice": RULE_OF_CHOICE.format(n_samples),
+        "runs": [
+            {
+                "path": run.path,
+                "answers": answers_table(run),
+                "tasks": tasks_table(run),
+                "zero_shot": zero_shot(run),
+                "made": made_lines(run),
+                "samples_file": run.samples_file,
+                "chosen": chosen_samples(run, n_samples),
+                "samples": run.samples[:MOST_ANSWERS],
+                "n_samples": len(run.samples),
+            }
+            for run in runs
+        ],
+        "filters": filters([sample for run in runs for sample in run.samples[:MOST_ANSWERS]]),
+        "limits": LIMITS,
+    }
+
+
+@functools.cache
+def templates() -> jinja2.Environment:
+    """What comes into HTML is escaped."""
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {"shown": shown, "interval": interval_text, "finding": finding, "said": said}
+    found.filters["markdown"] = lambda rows: table(rows.rows, left=rows.left, markdown=True)
+    found.filters["indented"] = lambda text: indent(text, "    ", lambda line: True)
+    return found
+
+
+def render(name: str, facts: dict) -> str:
+    return templates().get_template(name).render(facts)
+
+
+def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:
+    """report.json, as an object."""
+    thresholds = criteria.THRESHOLDS
+    found = {
+        "format_version": 1,
+        "headlines": facts["headlines"],
+        "criteria": [asdict(j) | {"threshold": thresholds[j.criterion]} for j in facts["judged"]],
+        "how": criteria.HOW,
+        "figures": facts["values"],
         "events": {path: found._asdict() for path, found in events.items()},
         "runs": {run.path: {"config": run.config, "data": run.data} for run in runs},
-        "notes": notes,
+        "notes": facts["notes"],
     }
-    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no NaN
-    text = "\n\n".join([*parts, "## Limits", bullets(LIMITS)]) + "\n"
-    return text, summary, "\n".join([*headlines, "", criteria_table(every, markdown=False)])
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN
 
 
 def write(runs: list[Run], folder: Path, n_samples: int) -> str:
-    """Write the three files; what the terminal shows of them."""
+    """Write the four files; what the terminal shows of them."""
     events = {run.path: criteria.find_events(run.train) for run in runs}
-    text, summary, in_short = compose(runs, events, n_samples)
+    facts = gather(runs, events, n_samples)
+    found = json.dumps(summary(facts, runs, events), indent=2)
+    page = render("report.html", facts | {"pictures": curves.as_svg(runs, events)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.md", text)
-        write_atomically(folder / "report.json", json.dumps(summary, indent=2))
+        write_atomically(folder / "report.html", page)
+        write_atomically(folder / "report.md", render("report.md", facts))
+        write_atomically(folder / "report.json", found)
         curves.draw(runs, events, folder / "curves.png")
     except OSError as error:
         raise UserError(f"cannot write the report: {error}; use another --output_dir") from error
-    return f"{in_short}\n\nwritten: {folder / 'report.md'}, report.json, curves.png"
+    rows, left = facts["criteria"]
+    written = f"written: {folder / 'report.html'}, report.md, report.json, curves.png"
+    return "\n".join([*facts["headlines"], "", table(rows, left=left), "", written])

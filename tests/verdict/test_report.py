@@ -10,7 +10,7 @@ import pytest
 
 from nanosynth import UserError, checkpoint
 from tiny import command, train_run
-from verdict import criteria, curves, figures, report, runs
+from verdict import criteria, curves, figures, quality, report, runs
 from verdict.__main__ import VerdictConfig
 from verdict.criteria import FAIL, NOT_MEASURED, PASS
 
@@ -79,11 +79,13 @@ def write_run(path: Path, *, config=None, records=None, torn: str = "", **files:
     return str(path)
 
 
-def compose(*folders: str) -> tuple[str, dict]:
-    """What report.md and report.json of these runs hold."""
-    loaded = [runs.read(path) for path in folders]
+def compose(*folders: object) -> tuple[str, dict]:
+    """What report.md and report.json of these runs hold; report.html is rendered too."""
+    loaded = [path if isinstance(path, runs.Run) else runs.read(path) for path in folders]
     events = {run.path: criteria.find_events(run.train) for run in loaded}
-    return report.compose(loaded, events, n_samples=5)[:2]
+    facts = report.gather(loaded, events, n_samples=5)
+    assert report.render("report.html", facts | {"pictures": ["<svg></svg>"]})
+    return report.render("report.md", facts), report.summary(facts, loaded, events)
 
 
 def verdicts(found: dict) -> dict[str, str]:
@@ -362,16 +364,17 @@ def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
 def test_a_run_of_its_own_folder(tiny_bins, run_dir, tmp_path):
     path = shutil.copytree(run_dir, tmp_path / "run")
     (path / "tasks.json").write_text(json.dumps(tasks_of(0.5)))
-    sample = {"prompt": "P", "finish": "stop", "tokens": 3, "coherent": False, "mode": "sampled"}
+    sample = {"finish": "stop", "tokens": 3, "coherent": False, "mode": "sampled"}
+    held_out = sample | {"set": "validation"}
     lines = [
-        {**sample, "set": "prompts", "text": "of another set"},
-        *({**sample, "set": "validation", "text": f"answer {n}\n```"} for n in range(4)),
+        {**sample, "set": "prompts", "prompt": "P", "text": "of another set"},
+        *({**held_out, "prompt": f"P{n}", "text": f"answer {n}\n```"} for n in range(4)),
     ]
     (path / "task_generations.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     (path / "generations.jsonl").write_text("")
     in_short = report.write([runs.read(str(path))], path, 2)
     assert "| " not in in_short and "\ncoherence " in in_short and "0.5" in in_short
-    assert in_short.endswith(f"written: {path}/report.md, report.json, curves.png")
+    assert in_short.endswith(f"written: {path}/report.html, report.md, report.json, curves.png")
     text = (path / "report.md").read_text()
     assert "answer 0" in text and "answer 1" in text and "\n    ```\n" in text
     assert "answer 2" not in text and "of another set" not in text
@@ -383,6 +386,36 @@ def test_a_run_of_its_own_folder(tiny_bins, run_dir, tmp_path):
     assert not list(path.glob(".tmp-*"))
     found = json.loads((path / "report.json").read_text())
     assert found["runs"][str(path)]["config"]["settings"]["data_dir"] == tiny_bins
+
+
+def sample_of(prompt: object, text: str = "T", **parts: bool) -> dict:
+    """A line of task_generations.jsonl; `parts` are those of the rule that failed, or none."""
+    judged = {part: parts.get(part, True) for part in quality.PARTS}
+    facts = {"set": "validation", "mode": "sampled", "finish": "stop", "tokens": 3}
+    coherent = all(judged.values())
+    return facts | {"prompt": str(prompt), "text": text, "coherent": coherent, **judged}
+
+
+def test_samples_are_chosen_by_what_was_found():
+    """Two of each finding, to different prompts; an answer stands at the first part it failed."""
+    lines = [
+        *(sample_of("same", f"first {n}") for n in range(3)),
+        *(sample_of(n, f"good {n}") for n in range(3)),
+        sample_of(5, "loops and does not end", ends=False, no_loop=False),
+        sample_of(6, "loops", no_loop=False),
+        sample_of(7, "a second sample", no_loop=False) | {"sample": 1},
+        sample_of(8, "greedy", no_loop=False) | {"mode": "greedy"},
+    ]
+    chosen = report.chosen_samples(runs.Run(path="x", samples=lines), 2)
+    assert {name: [s["text"] for s in samples] for name, samples in chosen.items()} == {
+        "coherent": ["first 0", "good 0"],
+        "ends": ["loops and does not end"],
+        "no_loop": ["loops"],
+    }
+    unjudged = [{"prompt": "P", "text": "T", "finish": "stop", "tokens": 1}]
+    assert report.chosen_samples(runs.Run(path="x", samples=unjudged), 2) == {
+        "not judged": unjudged
+    }
 
 
 def test_a_torn_last_line_and_broken_files_are_said(tmp_path):
@@ -522,9 +555,7 @@ def test_no_value_of_another_kind_breaks_the_report(tmp_path, name):
         variants = [replace(content, path, value) for value in KINDS]
         for variant in [*variants, without(content, path)] if path else variants:
             file.write_text(before + json.dumps(variant))
-            loaded = [first, runs.read(str(edited))]
-            events = {run.path: criteria.find_events(run.train) for run in loaded}
-            json.dumps(report.compose(loaded, events, 5)[1], allow_nan=False)
+            json.dumps(compose(first, str(edited))[1], allow_nan=False)
 
 
 def test_a_bug_of_the_report_is_not_a_file_left_out(tmp_path, monkeypatch):
@@ -548,11 +579,9 @@ def test_tasks_stand_beside_chance_and_published_figures():
     other = {"model": "Pythia-410m", "metric": "acc", "score": 0.401, "source": "their README"}
     run = runs.Run(path="out/x")
     run.tasks = {"zero_shot": {"piqa": scored, "mine": scored}, "published": {"piqa": [other]}}
-    lines = [
-        [cell.strip() for cell in line.split("|")] for line in report.tasks_section(run).split("\n")
-    ]
-    assert ["", "piqa", "acc", "out/x", "0.42", "0.01", "n = 1,200", ""] in lines
-    assert ["", "piqa", "acc", "chance", "0.25", "-", "-", ""] in lines
-    assert ["", "piqa", "acc", "Pythia-410m", "0.401", "-", "their README", ""] in lines
-    assert sum("Pythia-410m" in line for line in lines) == 1
-    assert report.tasks_section(runs.Run(path="y", tasks={"zero_shot": {}})) == ""
+    rows = report.tasks_table(run).rows
+    assert ["piqa", "acc", "out/x", "0.42", "0.01", "n = 1,200"] in rows
+    assert ["piqa", "acc", "chance", "0.25", "-", "-"] in rows
+    assert ["piqa", "acc", "Pythia-410m", "0.401", "-", "their README"] in rows
+    assert sum("Pythia-410m" in row for row in rows) == 1
+    assert report.tasks_table(runs.Run(path="y", tasks={"zero_shot": {}})) is None

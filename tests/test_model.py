@@ -23,6 +23,7 @@ def config_file(name: str) -> TrainConfig:
         ("500m_fast", 355_919_872),
         ("1b", 760_372_224),
         ("1b_fast", 760_372_224),
+        ("124m", 124_475_904),
     ],
 )
 def test_parameter_count(name, count):

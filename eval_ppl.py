@@ -144,6 +144,25 @@ def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) 
     return figures | {"documents": int(document.max()) + 1}
 
 
+def by_position(losses: np.ndarray, weights: np.ndarray, *, block_size: int, stride: int) -> list:
+    """Loss in nats by the tokens of the window before a target: 1, 2, 3 to 4, 5 to 8, ...
+
+    `losses` (n,) and `weights` (n,) are of each token but the first.
+    """
+    place = np.arange(len(losses))
+    window = np.maximum(place // stride * stride - (block_size - stride), 0)  # its first token
+    doublings = np.ceil(np.log2(place - window + 1)).astype(np.int64)
+    nats, counts = (np.bincount(doublings, weights=w) for w in (losses * weights, weights))
+    return [
+        {
+            "before": [2**n // 2 + 1, min(2**n, block_size)],
+            "loss": float(nats[n] / counts[n]),
+            "tokens": int(counts[n]),
+        }
+        for n in np.flatnonzero(counts).tolist()
+    ]
+
+
 def report(result: dict) -> str:
     """The figures for a terminal. Of a run that was trained on answers alone, theirs: over tokens
     that training never had for targets, a perplexity of thousands says nothing about the model.
@@ -202,6 +221,8 @@ def main(config: EvalConfig) -> None:
             "dtype": str(dtype).removeprefix("torch."),
             **summarise(losses, ids, mask, config.seed),
         }
+        weights = mask[1:] if result["loss_on"] == "assistant" else np.ones(len(losses))
+        result["by_position"] = by_position(losses, weights, block_size=block_size, stride=stride)
         target = path.parent / "eval_ppl.json"
         write_atomically(target, json.dumps(result, indent=2))
         print(f"{report(result)}\nall figures: {target}")

@@ -130,3 +130,20 @@ def test_stride_past_the_context_is_refused(run_dir):
     config = eval_ppl.EvalConfig(run=str(run_dir), stride=17, device="cpu")
     with pytest.raises(UserError, match="--stride=17; wanted at most the context, 16"):
         eval_ppl.main(config)
+
+
+@pytest.mark.parametrize("stride", [4, 2, 1])
+def test_loss_by_position_agrees_with_the_windows(stride):
+    """A loss that says how many tokens of its window stand before its target."""
+    wanted: dict[int, list[int]] = {}
+    losses = np.zeros(10)
+    for start, end, n_scored in eval_ppl.windows(11, 4, stride):
+        for place in range(end - n_scored, end):
+            losses[place] = 1000 * (place - start + 1)
+            wanted.setdefault((place - start).bit_length(), []).append(losses[place])
+    found = eval_ppl.by_position(losses, np.ones(10), block_size=4, stride=stride)
+    assert [part["before"] for part in found] == [[1, 1], [2, 2], [3, 4]]
+    assert [part["loss"] for part in found] == [np.mean(wanted[n]) for n in sorted(wanted)]
+    assert [part["tokens"] for part in found] == [len(wanted[n]) for n in sorted(wanted)]
+    half = eval_ppl.by_position(losses, np.arange(10) % 2, block_size=4, stride=stride)
+    assert sum(part["tokens"] for part in half) == 5

@@ -75,6 +75,7 @@ class Answer:
     ids: list[int]
     ended: bool
     parts: dict[str, bool] | None = None
+    about_fixed: bool | None = None  # its prompt rather than another, says the fixed judge
 
     @property
     def text(self) -> str:
@@ -103,8 +104,14 @@ def answer_all(
     ]
 
 
-def add_parts(model: GPT, prompts: Prompts, answers: list[Answer], batch_size: int) -> None:
-    """The parts of the coherence rule, into each answer.
+def add_parts(
+    model: GPT,
+    prompts: Prompts,
+    answers: list[Answer],
+    batch_size: int,
+    judge: q.FixedJudge | None = None,
+) -> None:
+    """Into each answer the parts of the coherence rule, and what the fixed judge says of the last.
 
     The other prompt of the fifth part stands half the set further on: never the own one.
     """
@@ -122,6 +129,9 @@ def add_parts(model: GPT, prompts: Prompts, answers: list[Answer], batch_size: i
     for answer in answers:
         about = id(answer) in about_prompt
         answer.parts = q.parts(answer.ids, ended=answer.ended, about_prompt=about)
+        if judge:
+            own, other = (prompts.ids[(answer.number + shift) % n] for shift in (0, n // 2))
+            answer.about_fixed = judge.prefers(answer.ids, own, other)
 
 
 def measure(
@@ -147,12 +157,15 @@ def measure(
             Answer(number=number, sample=0, ids=ids, ended=True)
             for number, ids in enumerate(prompts.references)
         ]
+    judge = q.FixedJudge(train.ids, train.n_tokens) if train else None
     for answers in by_mode.values():
-        add_parts(model, prompts, answers, batch_size)
+        add_parts(model, prompts, answers, batch_size, judge)
     firsts = {mode: [a for a in answers if not a.sample] for mode, answers in by_mode.items()}
     diversity, memorised = _diversity(firsts), _memorised(firsts, train)
     metrics = {
-        mode: _shares(prompts, answers) | diversity[mode] | {"memorised": memorised[mode]}
+        mode: _shares(prompts, answers, firsts.get("reference", []))
+        | diversity[mode]
+        | {"memorised": memorised[mode]}
         for mode, answers in firsts.items()
     }
     for mode in metrics:
@@ -160,16 +173,24 @@ def measure(
     return metrics, _records(prompts, by_mode)
 
 
-def _shares(prompts: Prompts, answers: list[Answer]) -> dict:
+def _shares(prompts: Prompts, answers: list[Answer], references: list[Answer]) -> dict:
     checks = prompts.checks
     obeyed = [instructions.obeys(a.text, checks[a.number]) for a in answers] if checks else []
-    return {
+    found = {
         "n": len(answers),
         "left_out": prompts.left_out,
         "coherent": q.share([answer.coherent for answer in answers]),
         "parts": {p: sum(a.parts[p] for a in answers) / len(answers) for p in q.PARTS},
         "instructions": q.share(obeyed) if checks else None,
     }
+    if any(answer.coherent for answer in references):
+        passes = ([answer.coherent for answer in of] for of in (answers, references))
+        found["coherent_of_references"] = q.relative(*passes)
+    if told := [answer for answer in answers if answer.about_fixed is not None]:
+        found["about_prompt_fixed_judge"] = q.share([a.about_fixed for a in told])
+        disagree = [a.about_fixed != a.parts["about_prompt"] for a in told]
+        found["judges_disagree"] = q.share(disagree)
+    return found
 
 
 def common(sizes: list[int]) -> int:
@@ -232,6 +253,7 @@ def _records(prompts: Prompts, by_mode: dict[str, list[Answer]]) -> list[dict]:
             "tokens": len(answer.ids) + answer.ended,
             "coherent": answer.coherent,
             **answer.parts,
+            "about_prompt_fixed_judge": answer.about_fixed,
         }
         for mode, answers in by_mode.items()
         for answer in answers

@@ -4,7 +4,7 @@ Fixed before the runs. A figure decides by itself; its interval stands beside it
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -41,7 +41,11 @@ HOW = {
     f"{MAX_PERPLEXITY:g} passes. All tokens count; where training was on the assistant's tokens "
     "alone, those do, and the verdict says so.",
     "coherence": "share of held-out validation prompts whose sampled answer is coherent; "
-    f"{MIN_COHERENT:.0%} or more passes. {quality.RULE}",
+    f"{MIN_COHERENT:.0%} or more passes. {quality.RULE} The plain share decides. Beside it stand "
+    "the share of the reference answers, which is the ceiling of the rule itself on these prompts, "
+    "and the one relative to the other, whose interval resamples prompts. Part 5 is the model's "
+    "own view; how often a fixed judge disagrees is said: word frequencies of the training split, "
+    "mixed with the prompt's words, over the answers that it can tell anything of.",
     "stability": "counted over every step in metrics.jsonl. NaN: a loss that is not finite, or a "
     "gradient that is not while there is no loss scale above 1 to blame, or more than "
     f"{MAX_OVERFLOWS} times in a row. Spike: a loss more than {SPIKE_SIGMAS:g} standard deviations "
@@ -102,6 +106,7 @@ class Judgement:
     verdict: str = NOT_MEASURED
     figure: float | None = None
     interval: list[float] | None = None
+    beside: dict[str, float] = field(default_factory=dict)  # what else stands on its scale
     remark: str = ""  # what the figure rests on, or why there is none
     command: str = ""  # what would measure it, where it is not measured
 
@@ -145,18 +150,29 @@ def perplexity(run: Run) -> Judgement:
 
 def coherence(run: Run) -> Judgement:
     judged = partial(Judgement, criterion="coherence", runs=[run.path])
-    sampled = run.tasks.get("generation", {}).get("validation", {}).get("sampled")
+    modes = run.tasks.get("generation", {}).get("validation", {})
+    sampled = modes.get("sampled")
     if not sampled or not sampled["coherent"]["n"]:
         remark = "no sampled answers to validation prompts in tasks.json"
         return judged(remark=remark, command=f"python -m verdict --run={run.path}")
     found = sampled["coherent"]
-    remark = f"{found['passed']:,} of {found['n']:,} answers"
+    remark, beside = f"{found['passed']:,} of {found['n']:,} answers", {}
+    if reference := modes.get("reference"):
+        beside["reference answers"] = reference["coherent"]["share"]
+        remark += f"; of the reference answers {beside['reference answers']:.1%}"
+    if relative := sampled.get("coherent_of_references"):
+        ends = " to ".join(f"{end:.1%}" for end in relative["interval"])
+        remark += f", relative to which {relative['share']:.1%} ({ends})"
+    if disagreed := sampled.get("judges_disagree"):
+        remark += f"; of {disagreed['n']:,} answers the fixed judge saw part 5 differently in "
+        remark += f"{disagreed['share']:.1%}"
     if run.tasks.get("rule", quality.RULE) != quality.RULE:
         remark += f", by another rule: {run.tasks['rule']}"
     return judged(
         verdict=verdict(found["share"] >= MIN_COHERENT),
         figure=found["share"],
         interval=found["interval"],
+        beside=beside,
         remark=remark,
     )
 

@@ -1,11 +1,13 @@
 """The figures of a run by name: what stands side by side in a report and is spread over seeds."""
 
 from collections.abc import Iterator
-from statistics import fmean
+from math import exp, log2
+from statistics import fmean, linear_regression
 
 from verdict.runs import Run
 from verdict.schemas import KINDS
 
+MOST_NATS = 700  # beyond, a perplexity is no number
 GAP_STEPS = 128  # training steps whose mean loss stands beside a validation loss
 
 
@@ -41,10 +43,23 @@ def loss_at(run: Run) -> dict[int, float]:
     return {r["step"] * run.tokens_per_step: r["loss"] for r in run.val if r["loss"] is not None}
 
 
+def fall(run: Run) -> float | None:
+    """Nats that the validation loss falls a doubling of tokens, by least squares over the
+    evaluations from half of the tokens on; what the schedule's decay does is part of it.
+    """
+    losses = loss_at(run)
+    late = [tokens for tokens in losses if 2 * tokens >= max(losses) and tokens]
+    if len(late) < 2:
+        return None
+    slope, _ = linear_regression([log2(tokens) for tokens in late], [losses[t] for t in late])
+    return -slope
+
+
 def figures(run: Run) -> dict[str, float]:
     """Every figure that the run has, by name: what stands side by side and is spread over seeds."""
     losses, exact = loss_at(run), [s["exact"] for s in run.samples if "exact" in s]
     named = {"parameters": run.config.get("parameters"), "gap to training loss": gap(run)}
+    named["validation loss, fall a doubling of tokens"] = fall(run)
     if run.train:
         named |= {"steps": run.steps, "tokens seen": run.train[-1]["tokens"]} | timing(run)
     if losses:
@@ -66,6 +81,19 @@ def answers(run: Run) -> dict[str, dict]:
     """What tasks.json has of answers, by 'validation, sampled' and the like."""
     sets = run.tasks.get("generation", {})
     return {f"{name}, {mode}": sets[name][mode] for name in sets for mode in sets[name]}
+
+
+def by_position(run: Run) -> list[tuple[str, float, int]]:
+    """(tokens of context, perplexity, tokens scored) of each stretch of the window."""
+    return [
+        (
+            " to ".join(f"{n:,}" for n in dict.fromkeys(part["before"])),
+            exp(part["loss"]),
+            part["tokens"],
+        )
+        for part in run.perplexity.get("by_position", ())
+        if part["loss"] < MOST_NATS
+    ]
 
 
 HOW_MEASURED = ("n", "left_out", "distinct_counts", "compression_bytes")  # no figures

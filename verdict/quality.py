@@ -7,14 +7,19 @@ import codecs
 import math
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
+
+import numpy as np
 
 from nanosynth import tokenizer
 
 REPEATED_SHARE = 0.5  # of 4-grams, above which an answer loops
 TAIL_TOKENS, LONGEST_PERIOD = 64, 16  # a tail of this length, repeating with at most this period
 SHORTEST_LOOP = 16  # tokens; in less, a repetition is no loop yet
+CACHE_SHARE = 0.1  # of the fixed judge: the prompt's share of the mixture
+READ_TOKENS = 1 << 20
+N_RESAMPLES = 1000  # of the bootstrap
 
 RULE = (
     "An answer is coherent when it (1) ends: gives the end mark within the limit by itself; (2) is "
@@ -82,6 +87,65 @@ def parts(ids: Sequence[int], *, ended: bool, about_prompt: bool) -> dict[str, b
         "no_loop": not loops(ids),
         "about_prompt": about_prompt,
     }
+
+
+class FixedJudge:
+    """Tells which of two prompts an answer is about, without a network: by a unigram model of the
+    training split, mixed with the prompt's own words (a cache model, Kuhn and De Mori 1990).
+
+    A token's case and the spaces around it don't count, nor do tokens of spaces alone.
+    """
+
+    def __init__(self, read: Callable[[int, int], np.ndarray], n_tokens: int):
+        """`read(start, count)` gives the ids of the split, of `n_tokens`."""
+        counts = np.ones(tokenizer.N_IDS)
+        for start in range(0, n_tokens, READ_TOKENS):
+            ids = read(start, min(READ_TOKENS, n_tokens - start))
+            counts += np.bincount(ids, minlength=len(counts))
+        numbers: dict[bytes, int] = {b"": 0}
+        texts = (tokenizer.token_text(id).strip().lower() for id in range(len(counts)))
+        self._word = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+        self._share = np.bincount(self._word, weights=counts)
+        self._share /= self._share.sum()
+
+    def prefers(self, answer: list[int], prompt: list[int], other: list[int]) -> bool | None:
+        """Whether it finds the answer likelier after the prompt than after the other; None where
+        the answer tells nothing, as when it shares no word with either.
+        """
+        words = self._words(answer)
+        own, its = (self._log_likelihood(words, self._words(ids)) for ids in (prompt, other))
+        return None if own == its else own > its
+
+    def _words(self, ids: list[int]) -> np.ndarray:
+        words = self._word[ids]
+        return words[words > 0]
+
+    def _log_likelihood(self, words: np.ndarray, prompt: np.ndarray) -> float:
+        in_prompt = np.bincount(prompt, minlength=len(self._share)) / max(len(prompt), 1)
+        mixed = (1 - CACHE_SHARE) * self._share[words] + CACHE_SHARE * in_prompt[words]
+        return float(np.log(mixed).sum())
+
+
+def bootstrap(
+    units: Sequence[Sequence[float]], statistic: Callable[..., float], seed: int = 42
+) -> list[float]:
+    """95% interval of `statistic`, which is given the sum of each column of `units` (n, k).
+
+    Whole units are resampled, so what one row has of several models stays paired.
+    """
+    columns, generator = np.asarray(units, dtype=np.float64), np.random.default_rng(seed)
+    n, found = len(columns), []
+    for _ in range(N_RESAMPLES):
+        times = np.bincount(generator.integers(0, n, n), minlength=n)
+        found.append(statistic(*(times @ columns)))
+    return np.percentile(found, [2.5, 97.5]).tolist()
+
+
+def relative(passes: Sequence[bool], references: Sequence[bool]) -> dict:
+    """{'share', 'interval'} of how many pass for each reference to the same prompts that does."""
+    pairs = list(zip(passes, references, strict=True))
+    interval = bootstrap(pairs, lambda own, theirs: own / max(theirs, 1))
+    return {"share": sum(passes) / sum(references), "interval": interval}
 
 
 def wilson(passed: int, n: int) -> list[float]:

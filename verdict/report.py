@@ -19,7 +19,7 @@ from nanosynth.files import write_atomically
 from nanosynth.table import table
 from verdict import criteria, curves, quality
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
-from verdict.figures import answers, figures, leaves, loss_at
+from verdict.figures import answers, by_position, figures, leaves, loss_at
 from verdict.runs import Run
 from verdict.schemas import KINDS
 
@@ -158,6 +158,12 @@ def answers_table(run: Run) -> Table | None:
     return Table(rows) if columns else None
 
 
+def position_table(run: Run) -> Table | None:
+    rows = [["tokens of context", "perplexity", "tokens"]]
+    rows += [[before, shown(figure), f"{n:,}"] for before, figure, n in by_position(run)]
+    return Table(rows) if len(rows) > 1 else None
+
+
 def made_lines(run: Run) -> list[tuple[str, str]]:
     """(what, value) of how the run was made, so that it can be made again."""
     lines = []
@@ -252,6 +258,8 @@ def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
         "runs": [
             {
                 "path": run.path,
+                "position": position_table(run),
+                "positions": by_position(run),
                 "answers": answers_table(run),
                 "tasks": tasks_table(run),
                 "zero_shot": zero_shot(run),

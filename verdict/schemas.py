@@ -46,12 +46,18 @@ SCORED["perplexity_95"] = ["number|nan"]
 PERPLEXITY = {
     **fields("checkpoint:text data:text data_sha256:text loss_on:text|null"),
     **{"all": SCORED, "assistant?": SCORED},
+    "by_position?": [fields("loss:number|nan tokens:count", before=["count"])],
 }
 COHERENT = fields("passed:count n:count share:number", interval=["number"])
+ANSWERS = {
+    "coherent": COHERENT,
+    "coherent_of_references?": fields("share:number", interval=["number"]),
+    "judges_disagree?": fields("n:count share:number"),
+}
 TASKS = {
     **fields("format_version?:count step?:count rule?:text"),
     "settings?": {"*": fields("seconds:number")},
-    "generation?": {"*": {"*": {"coherent": COHERENT}}},  # by set of prompts and mode
+    "generation?": {"*": {"*": ANSWERS}},  # by set of prompts and mode
     "zero_shot?": {
         "*": fields(
             "metric:text score:number|nan n:count stderr?:number|nan|null chance?:number|null"

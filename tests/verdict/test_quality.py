@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from nanosynth import UserError, tokenizer
@@ -198,3 +199,36 @@ def test_a_prompt_without_a_usable_check_is_refused(tmp_path, row):
         instructions.read_prompts(path)
     with pytest.raises(UserError, match="no prompt file"):
         instructions.read_prompts(tmp_path / "missing.jsonl")
+
+
+def test_the_fixed_judge_prefers_the_prompt_that_shares_rare_words():
+    ids = np.array(encode(f"{PROSE} A cat and a dog. The cat and the dog.") * 20)
+    judge = quality.FixedJudge(lambda start, count: ids[start : start + count], len(ids))
+    harbour, boats = (
+        encode("Tell of the harbour in winter"),
+        encode("Who came back with fish, and when"),
+    )
+    assert judge.prefers(encode("Harbour and winter belong together."), harbour, boats) is True
+    assert judge.prefers(encode("Harbour and winter belong together."), boats, harbour) is False
+    # Either shares a word: the rarer one, 'fish', tells more than 'the'.
+    assert judge.prefers(encode("the fish"), encode("the b c d"), encode("fish b c d")) is False
+    for nothing in ("", "\n\n", "A cat."):
+        assert judge.prefers(encode(nothing), harbour, boats) is None
+
+
+def test_a_bootstrap_keeps_what_is_paired():
+    """Each unit's two figures differ by 1 exactly: so does every resample, however they spread."""
+    first = np.random.default_rng(0).normal(0, 100, 50)
+    pairs = np.stack([first + 1, first, np.ones(50)], axis=1)
+    found = quality.bootstrap(pairs, lambda own, other, n: (own - other) / n)
+    assert found == pytest.approx([1.0, 1.0])
+    low, high = quality.bootstrap(pairs, lambda own, other, n: own / n)
+    wanted = 1.96 * first.std() / 50**0.5  # the interval of a mean by the normal distribution
+    assert (high - low) / 2 == pytest.approx(wanted, rel=0.15) and low < first.mean() + 1 < high
+
+
+def test_coherence_relative_to_the_references():
+    own, references = [True] * 81 + [False] * 19, [True] * 90 + [False] * 10
+    found = quality.relative(own, references)
+    assert found["share"] == 0.9 and found["interval"][0] < 0.9 < found["interval"][1] < 1
+    assert quality.relative(references, references)["interval"] == [1.0, 1.0]

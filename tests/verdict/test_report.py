@@ -182,6 +182,23 @@ def test_coherence_at_its_threshold(share, verdict):
     assert "by another rule: it is what the test says" in judged.remark
 
 
+def test_coherence_stands_beside_the_rules_ceiling():
+    """90% of the references' answers: the plain share decides, the relative one is said."""
+    tasks = tasks_of(0.81)
+    ceiling = {"coherent": tasks_of(0.9)["generation"]["validation"]["sampled"]["coherent"]}
+    modes = tasks["generation"]["validation"]
+    modes["reference"] = ceiling
+    modes["sampled"]["coherent_of_references"] = {"share": 0.9, "interval": [0.853, 0.951]}
+    modes["sampled"]["judges_disagree"] = {"n": 950, "share": 0.125}
+    judged = judge(runs.Run(path="x", tasks=tasks))["coherence"]
+    assert judged.verdict == FAIL and judged.figure == 0.81
+    assert judged.beside == {"reference answers": 0.9}
+    assert (
+        "of the reference answers 90.0%, relative to which 90.0% (85.3% to 95.1%)" in judged.remark
+    )
+    assert "of 950 answers the fixed judge saw part 5 differently in 12.5%" in judged.remark
+
+
 def test_what_is_not_measured_names_its_command():
     judged = judge(runs.Run(path="out/x"))
     assert {judgement.verdict for judgement in judged.values()} == {NOT_MEASURED}
@@ -346,6 +363,28 @@ def test_the_gap_leaves_skipped_steps_out():
     run = runs.Run(path="x", train=records, val=[val_record(100, 9.0), val_record(200, 3.5)])
     mean = np.mean([r["loss"] for r in records[70:] if r["step"] not in (150, 151)])
     assert figures.gap(run) == pytest.approx(3.5 - mean)
+
+
+def test_the_fall_a_doubling_of_tokens():
+    """By hand: 0.1 nats a doubling, over the evaluations of the second half of the tokens alone."""
+    run = runs.Run(path="x", train=train_records(400))
+    run.val = [val_record(step, 5 - 0.1 * math.log2(step)) for step in (200, 300, 400)]
+    run.val.insert(0, val_record(100, 99.0))
+    assert figures.figures(run)["validation loss, fall a doubling of tokens"] == pytest.approx(0.1)
+    run.val = run.val[-1:]
+    assert figures.fall(run) is None
+
+
+def test_perplexity_by_position_in_the_context():
+    parts = [
+        {"before": [1, 1], "loss": math.log(50), "tokens": 7},
+        {"before": [1025, 2048], "loss": math.log(9), "tokens": 1400},
+        {"before": [2, 2], "loss": math.nan, "tokens": 1},
+    ]
+    run = runs.Run(path="x", perplexity=perplexity_of(9.0, by_position=parts))
+    rows = report.position_table(run).rows
+    assert rows[1:] == [["1", "50", "7"], ["1,025 to 2,048", "9", "1,400"]]
+    assert report.position_table(runs.Run(path="y")) is None
 
 
 def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
@@ -523,8 +562,12 @@ def without(content: object, path: tuple) -> object:
 
 def files_of_every_kind() -> dict[str, object]:
     scored = perplexity_of(5.0, assistant=perplexity_of(4.0)["all"], loss_on="assistant")
+    scored["by_position"] = [{"before": [3, 4], "loss": 2.0, "tokens": 9}]
     tasks = tasks_of(0.95)
     tasks["zero_shot"]["quiz"] |= {"chance": 0.25, "metrics": {"acc": 0.31}}
+    relative = {"share": 0.9, "interval": [0.8, 1.0]}
+    more = {"coherent_of_references": relative, "judges_disagree": {"n": 9, "share": 0.1}}
+    tasks["generation"]["validation"]["sampled"] |= more
     other = {"model": "m", "metric": "acc", "score": 0.4, "source": "s"}
     tasks |= {"published": {"quiz": [other]}, "settings": {"generation": {"seconds": 3.0}}}
     start = {"first_step": 0, "world_size": 8, "command": "train.py", "date": "d"}

@@ -14,11 +14,18 @@ from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.inference.generation import Sampling
 from tiny import command, tiny_model, write_bins, write_jsonl
-from verdict import TASKS_DIR, answers, instructions, quality
+from verdict import TASKS_DIR, answers, curves, instructions, quality
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
 
 SAMPLING = Sampling(max_new_tokens=24, temperature=1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Reports without their curves, which take a second and have tests of their own."""
+    monkeypatch.setattr(curves, "as_svg", lambda *_: [])
+    monkeypatch.setattr(curves, "draw", lambda *_: None)
 
 
 def chat_document(*turns: str) -> tuple[list[int], list[int]]:
@@ -130,7 +137,7 @@ def test_what_is_missing_is_measured_once(wide_run, tmp_path, capsys):
     said = capsys.readouterr().out
     for part in ("the perplexity", "answers"):
         assert f"{run}, step 7: measuring {part}" in said
-    assert "zero-shot" not in said and f"written: {run / 'report.md'}" in said
+    assert "zero-shot" not in said and f"written: {run / 'report.html'}" in said
     assert f"{run}: no: perplexity " in said and "needs a second seed" in said
     first = read_tasks(run)
     assert first["format_version"] == 1 and first["step"] == 7 and first["rule"] == quality.RULE
@@ -146,6 +153,8 @@ def test_what_is_missing_is_measured_once(wide_run, tmp_path, capsys):
         low, high = metrics["coherent"]["interval"]
         assert low <= metrics["coherent"]["share"] <= high
     reference = validation["reference"]
+    assert reference["about_prompt_fixed_judge"]["share"] == 1  # "It is 5." to "Say 5"
+    assert reference["judges_disagree"]["n"] == 6
     assert reference["n"] == 6 and reference["self_bleu"] is None
     assert {reference["parts"][p] for p in quality.PARTS[:4]} == {1}
     assert validation["greedy"]["instructions"] is None

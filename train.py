@@ -164,11 +164,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint
+from nanosynth import checkpoint, files
 from nanosynth.data import bins
 from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory, peak_flops
 from nanosynth.training import distributed, micro_batch, optim
-from nanosynth.training.log import Console, MetricsFile, Outputs, RunLog, WandbThread, write_config
+from nanosynth.training.log import (
+    Console,
+    MetricsFile,
+    Outputs,
+    RunLog,
+    WandbThread,
+    make_way,
+    write_config,
+)
 
 # Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
 MIN_LOSS_SCALE = 1.0
@@ -220,6 +228,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
     config, world = run.config, run.world
     best_loss = checkpoint.best_loss(run.out_dir)
     saved = True  # rank 0 alone saves; the others hear of a failure at the end
+    is_owed = False  # a save that trouble has put off
     look_at_two_batches(run, log)
     for step in range(run.first_step, run.max_steps + 1):
         # A rank that waits for another one for ever can't be told by itself: a clock tells it.
@@ -229,17 +238,22 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
         is_new = step > run.first_step  # a resumed step was evaluated and saved before
         # The same on all ranks: an evaluation is a collective.
         eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
-        save_due = is_new and (step % config.save_interval == 0 or is_last)
+        save_due = is_new and (step % config.save_interval == 0 or is_last or is_owed)
         if eval_due or save_due:
             check_health(run, log.flush(run.max_steps - step))
+            check_weights(run, step)
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
                 val_loss = evaluate(run, run.n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
             is_best = val_loss is not None and val_loss < best_loss  # NaN never is
-            if world.is_main and (save_due or is_best):
-                saved = save(run, step, log, val_loss)
+            # Among skipped steps there may be no way on from here: what is due waits until one is
+            # taken; the last save can't, but no good one is deleted for it.
+            in_trouble = bool(run.guard.n_skipped)  # alike on all ranks
+            is_owed = save_due and in_trouble and not is_last
+            if world.is_main and (is_best or (save_due and not is_owed)):
+                saved = save(run, step, log, val_loss, prune=is_best or not in_trouble)
                 best_loss = checkpoint.best_loss(run.out_dir)
             log.restart_clock()  # neither counts as training in tokens a second
         if is_last:  # the last pass trains nothing
@@ -374,8 +388,9 @@ def look_at_two_batches(run: Run, log: RunLog) -> None:
     log.restart_clock()
 
 
-def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
-    """Whether the checkpoint of `step` is published; a full disk costs it, not the run.
+def save(run: Run, step: int, log: RunLog, val_loss: float | None, *, prune: bool = True) -> bool:
+    """Whether the checkpoint of `step` is published; a full disk costs it, not the run. With
+    `prune`, older ones go.
 
     No state of the data order, which is arithmetic on the step, nor of random numbers, which each
     micro-batch seeds anew.
@@ -400,7 +415,8 @@ def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
         return False
     log.say(f"step {step:>6}: saved {path}")
     try:
-        checkpoint.prune(run.out_dir, run.config.keep_last)
+        if prune:
+            checkpoint.prune(run.out_dir, run.config.keep_last)
     except OSError as error:
         log.say(f"step {step:>6}: old checkpoints stay, training goes on: {error}")
     return True
@@ -409,16 +425,32 @@ def save(run: Run, step: int, log: RunLog, val_loss: float | None) -> bool:
 def check_health(run: Run, records: list[dict]) -> None:
     """End a run that no longer learns; its checkpoints stay."""
     for record in records:
-        n_skipped, loss_scale = record["skipped"], record["loss_scale"]
+        step, n_skipped, loss_scale = record["step"], record["skipped"], record["loss_scale"]
         if n_skipped >= run.config.max_skipped_steps or loss_scale < MIN_LOSS_SCALE:
-            saved = checkpoint.steps(run.out_dir)
-            last = checkpoint.folder(run.out_dir, saved[-1]) if saved else "none"
             raise UserError(
-                f"stopped at step {record['step']}: {n_skipped} steps skipped in a row, loss "
+                f"stopped at step {step}: {n_skipped} steps skipped in a row, loss "
                 f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
-                f"{loss_scale:g}; last good checkpoint: {last}; try a lower --learning_rate or "
-                "--dtype=bfloat16, and look at the rows in metrics.jsonl"
+                f"{loss_scale:g}; {way_back(run, step - n_skipped)}, and look at the rows in "
+                "metrics.jsonl"
             )
+
+
+def check_weights(run: Run, step: int) -> None:
+    """End a run whose weights are ruined: no later step can mend them. Call on every rank."""
+    if not torch.stack([weights.isfinite().all() for weights in run.raw_model.parameters()]).all():
+        raise UserError(f"stopped at step {step}: weights not finite; {way_back(run, step - 1)}")
+
+
+def way_back(run: Run, step: int) -> str:
+    """What to do after trouble. The last good checkpoint is one of `step` or before: the weights
+    then gave a step that was taken; of a later one's nothing good is known.
+    """
+    good = [saved for saved in checkpoint.steps(run.out_dir) if saved <= step]
+    lower = "a lower --learning_rate or --dtype=bfloat16"
+    if not good:
+        return f"no checkpoint is older; try {lower} in another --out_dir"
+    path = checkpoint.folder(run.out_dir, good[-1])
+    return f"last good checkpoint: {path}; go on from it with --resume={path} and {lower}"
 
 
 def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> None:
@@ -503,7 +535,7 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
 def build(
     config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
 ) -> Run:
-    """A new run, or one restored from its checkpoint. Call on every rank."""
+    """A new run. Call on every rank."""
     train_split, val_split = splits
     order = row_order(config, world, train_split.n_rows(config.block_size))
     max_steps = count_steps(config, order)
@@ -517,7 +549,7 @@ def build(
         raw_model.zero_projections()
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     # The optimizer keeps float32 weights and moments; only products are in half precision.
-    run = Run(
+    return Run(
         config=config,
         world=world,
         train_split=train_split,
@@ -544,14 +576,43 @@ def build(
         dtype=dtype,
         identity=identity(config, train_split),
     )
-    run = restore(run)  # before DDP, which sends rank 0's weights to the others
-    if is_compiled(config, world.device):
+
+
+def distribute(run: Run) -> Run:
+    """The run with its model compiled and within DDP, as they are due. Call on every rank.
+
+    After `restore`: DDP sends rank 0's weights to the others.
+    """
+    if is_compiled(run.config, run.world.device):
         # Block by block already; DDP's own cuts, by its buckets' 25 MB, would make more graphs.
         torch._dynamo.config.optimize_ddp = False
-        raw_model.compile()
-    if world.size > 1:
-        run = replace(run, model=DistributedDataParallel(raw_model, gradient_as_bucket_view=True))
-    return run
+        run.raw_model.compile()
+    if run.world.size == 1:
+        return run
+    ddp = DistributedDataParallel(run.raw_model, gradient_as_bucket_view=True)
+    return replace(run, model=ddp)
+
+
+@contextlib.contextmanager
+def own_folder(run: Run) -> Iterator[None]:
+    """Make the run's folder and hold it against other processes. Call on every rank."""
+
+    def make_and_lock() -> None:
+        try:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.lock(run.out_dir))
+        except OSError as error:
+            run.config.refuse("out_dir", f"wanted a folder that can be written: {error}")
+
+    is_new = not run.out_dir.exists()
+    try:
+        with contextlib.ExitStack() as held:
+            run.world.on_main(make_and_lock)
+            yield
+    finally:
+        if is_new and run.world.is_main:
+            with contextlib.suppress(OSError):  # it is not empty
+                run.out_dir.rmdir()
 
 
 def identity(config: TrainConfig, train: bins.Split) -> dict:
@@ -593,16 +654,14 @@ def find_start(run: Run) -> Path | None:
     """The step folder to go on from, or None. Rank 0 looks and all hear, since looking sets damaged
     folders aside. Call on every rank.
     """
-    path, error = None, None
-    if run.world.is_main:
-        try:
-            path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity)
-        except UserError as why:
-            error = str(why)
-    path, error = run.world.from_main((path, error))
-    if error:
-        raise UserError(error)
-    return path
+
+    def look() -> Path | None:
+        path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity)
+        if path is None:
+            make_way(run.out_dir)
+        return path
+
+    return run.world.on_main(look)
 
 
 def load_weights(raw_model: GPT, path: Path) -> dict:
@@ -623,10 +682,6 @@ def open_log(run: Run) -> RunLog:
     name = device_name(world.device)
     outputs = None
     if world.is_main:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            config.refuse("out_dir", f"wanted a folder that can be made: {error}")
         n_parameters = run.raw_model.n_parameters()
         checkpoint.check_space(out_dir, n_parameters, config.keep_last)
         facts = {
@@ -668,12 +723,14 @@ def train(
     """
     stop = distributed.StopSignal()
     run = build(config, world, splits)
-    log = open_log(run)
-    if run.first_step < run.max_steps:
-        loop(run, log, stop)
-    else:
-        finish(run, run.first_step, log, stopping=False, saved=True)
-    log.close()
+    with own_folder(run):
+        run = distribute(restore(run))
+        log = open_log(run)
+        if run.first_step < run.max_steps:
+            loop(run, log, stop)
+        else:
+            finish(run, run.first_step, log, stopping=False, saved=True)
+        log.close()
 
 
 def main(config: TrainConfig) -> None:

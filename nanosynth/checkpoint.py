@@ -5,7 +5,6 @@ SHA-256 of the others and of itself. A folder is written under a temporary name,
 so one with a step's name is whole; it is verified all the same before anything in it is used.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +12,9 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -21,15 +22,21 @@ import torch
 from torch import Tensor
 
 from nanosynth import UserError
-from nanosynth.files import HashedFile, sync, temporary, write_atomically
+from nanosynth.files import LOCK, HashedFile, set_aside, sync, temporary, write_atomically
 
 FORMAT_VERSION = 1
+ANEW = "bring one back, or start anew with another --out_dir"
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
+NAME = re.compile("step_([0-9]{6}|[1-9][0-9]{6,})")  # of a step's folder; as `folder` gives it
 META_KEYS = {"format_version", "step", "aliases", "files", "val_loss", "identity"}
 
 
 class Damaged(UserError):
     """A checkpoint whose content is not what was written."""
+
+
+class Linked(Damaged):
+    """One that lies elsewhere: whole perhaps, and not used, since it may change there."""
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -39,7 +46,7 @@ def folder(run_dir: Path, step: int) -> Path:
 def steps(run_dir: Path) -> list[int]:
     """The steps that have a folder, in order."""
     names = os.listdir(run_dir) if run_dir.is_dir() else []
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name))
+    return sorted(int(name.removeprefix("step_")) for name in names if NAME.fullmatch(name))
 
 
 def save(
@@ -95,9 +102,10 @@ def _serialise(meta: dict) -> bytes:
 
 def read_meta(path: Path) -> dict:
     """The meta.json of a step folder, whole and its own; raises Damaged."""
+    for part in (path, *(path / name for name in (META, MODEL, TRAIN_STATE))):
+        if part.is_symlink():
+            raise Linked(f"{part} is a symbolic link; put what it names in its place")
     try:
-        if path.is_symlink() or (path / META).is_symlink():
-            raise OSError("a symbolic link")
         content = (path / META).read_bytes()
         meta = json.loads(content)
         meta.pop("meta_sha256")
@@ -121,7 +129,7 @@ def verify(path: Path) -> dict:
         raise Damaged(f"{path / META} names other files than {MODEL}, {TRAIN_STATE}")
     for name, wanted in meta["files"].items():
         file_path = path / name
-        if file_path.is_symlink() or not file_path.is_file():
+        if not file_path.is_file():
             raise Damaged(f"{file_path} is missing or not a plain file")
         if file_path.stat().st_size != wanted["bytes"]:
             size = file_path.stat().st_size
@@ -133,31 +141,38 @@ def verify(path: Path) -> dict:
 
 
 def newest_good(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest step folder that verifies; damaged ones are said aloud and set aside."""
+    """The newest step folder that verifies; damaged ones before it are said aloud and set aside.
+
+    None where there is no step folder; where none verifies all stay, and a UserError says why.
+    """
+    damaged: dict[Path, Damaged] = {}
     for step in reversed(steps(run_dir)):
         path = folder(run_dir, step)
         try:
             verify(path)
+        except Linked:
+            raise
         except Damaged as error:
-            say(f"damaged checkpoint: {error}; set aside, looking for an older one")
-            set_aside(path, "damaged")
+            damaged[path] = error
             continue
+        for worse, error in damaged.items():
+            say(f"damaged checkpoint: {error}; set aside, an older one is used")
+            set_aside(worse, "damaged")
         return path
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise UserError(f"no checkpoint in {run_dir} is whole: {first}; {ANEW}")
     return None
 
 
-def set_aside(path: Path, why: str) -> None:
-    """Take a step folder out of the run, keeping its content under step_NNNNNN.WHY."""
-    aside = path.with_name(f"{path.name}.{why}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-
-
-def _val_losses(run_dir: Path) -> dict[int, float]:
+def _val_losses(run_dir: Path, say: Callable[[str], None] | None = None) -> dict[int, float]:
     losses = {}
     for step in steps(run_dir):
-        with contextlib.suppress(Damaged):  # a damaged one is never the best
+        try:
             losses[step] = read_meta(folder(run_dir, step))["val_loss"]
+        except Damaged as error:  # never the best
+            if say:
+                say(f"damaged checkpoint: {error}; the best of the others is taken")
     return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
@@ -166,16 +181,18 @@ def best_loss(run_dir: Path) -> float:
     return min(_val_losses(run_dir).values(), default=math.inf)
 
 
-def best(run_dir: Path) -> Path | None:
-    """The step folder with the lowest validation loss; None where none was evaluated."""
-    losses = _val_losses(run_dir)
+def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
+    of damaged ones.
+    """
+    losses = _val_losses(run_dir, say)
     return folder(run_dir, min(losses, key=losses.get)) if losses else None
 
 
 def find(run: str, step: str = "best") -> Path:
     """A run's verified step folder: 'best', 'latest' or a number; `run` may be the folder."""
     run_dir = Path(run)
-    if re.fullmatch(r"step_\d{6,}", run_dir.name):
+    if NAME.fullmatch(run_dir.name):
         if step != "best":
             raise UserError(f"--run={run} is one step already; leave out --step={step}")
         path = run_dir
@@ -184,9 +201,9 @@ def find(run: str, step: str = "best") -> Path:
     elif step == "latest":
         path = folder(run_dir, steps(run_dir)[-1])
     elif step == "best":
-        path = best(run_dir) or folder(run_dir, steps(run_dir)[-1])
+        path = best(run_dir, partial(print, file=sys.stderr)) or folder(run_dir, steps(run_dir)[-1])
     else:
-        path = folder(run_dir, int(step) if step.isdigit() else -1)
+        path = folder(run_dir, int(step) if re.fullmatch("[0-9]{1,20}", step) else -1)
     if not path.is_dir():
         wanted = ", ".join(map(str, steps(run_dir)))
         raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
@@ -194,34 +211,52 @@ def find(run: str, step: str = "best") -> Path:
     return path
 
 
-def find_start(run_dir: Path, resume: str, identity: dict) -> Path | None:
+def find_start(
+    run_dir: Path, resume: str, identity: dict, say: Callable[[str], None] = print
+) -> Path | None:
     """The verified step folder that a run of this `identity` goes on from, or None for a new run.
 
     `resume` is 'auto', 'never' or a step folder; step folders behind the chosen one are set aside.
-    Saves and deletions that were cut short are cleaned up.
+    Saves and deletions that were cut short are cleaned up. A new run's folder holds no work.
     """
     for leftover in [*run_dir.glob(".tmp-step_*"), *run_dir.glob(".trash-step_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     if resume == "auto":
-        path = newest_good(run_dir)
+        path = newest_good(run_dir, say)
     else:
         path = None if resume == "never" else find(resume)
-        if steps(run_dir) and (path is None or path.parent != run_dir):
-            wanted = "use --resume=auto to go on, or another --out_dir"
-            raise UserError(f"{run_dir} holds a run; {wanted}")
+        if path and path.parent.resolve() == run_dir.resolve():
+            path = run_dir / path.name  # however it was written
+    if path is None or path.parent != run_dir:
+        check_new(run_dir, resume)
     if path is None:
         return None
     theirs = read_meta(path)["identity"]
     for key, value in identity.items():
-        if theirs[key] != value:
+        if theirs.get(key) != value:
             raise UserError(
-                f"{path} was made with {key}={theirs[key]}, this run has {value}; restore that "
+                f"{path} was made with {key}={theirs.get(key)}, this run has {value}; restore that "
                 "setting, or start anew with another --out_dir (and --init_from for the weights)"
             )
     for step in steps(run_dir):
         if step > int(path.name.removeprefix("step_")):
             set_aside(folder(run_dir, step), "abandoned")
     return path
+
+
+def check_new(run_dir: Path, resume: str) -> None:
+    """Refuse to start at step 0 where a run has been; 'auto' minds what tells of checkpoints alone,
+    since a run that ended before its first is rightly started over.
+    """
+    names = sorted(set(os.listdir(run_dir)) - {LOCK}) if run_dir.is_dir() else []
+    if resume == "auto":
+        names = [name for name in names if name.startswith("step_") or name in ("latest", "best")]
+    if names:
+        held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        mend = f"but no checkpoint: {ANEW}"
+        if resume != "auto":
+            mend = "use --resume=auto to go on there, or another --out_dir"
+        raise UserError(f"{run_dir} holds {held}; {mend}")
 
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
@@ -251,8 +286,9 @@ def prune(run_dir: Path, keep_last: int) -> None:
     if best_path:
         write_atomically(run_dir / "best", best_path.name)
     for step in saved[:-keep_last]:
-        if folder(run_dir, step) != best_path:
-            _remove(folder(run_dir, step))
+        path = folder(run_dir, step)
+        if path != best_path and not path.is_symlink():
+            _remove(path)
 
 
 def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
@@ -260,7 +296,8 @@ def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
 
     A checkpoint takes 12 bytes a parameter: weights and two moments in float32.
     """
-    present = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+    saved = (folder(run_dir, step) for step in steps(run_dir))  # their room will be free again
+    present = sum(file.lstat().st_size for path in saved for file in path.rglob("*"))
     free = shutil.disk_usage(run_dir).free + present
     needed = 12 * n_parameters * (keep_last + 2)
     if free < needed:

@@ -79,6 +79,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def set_aside(path: Path, why: str) -> Path:
+    """Rename to NAME.WHY, or NAME.WHY-2 and so on where that is taken; the new path."""
+    aside, number = path.with_name(f"{path.name}.{why}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{why}-{number}")
+    os.rename(path, aside)
+    return aside
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, durable: a rename survives a power cut only
     after this.

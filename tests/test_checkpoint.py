@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,31 @@ def test_newest_good_falls_back_and_says_so(run):
     assert checkpoint.newest_good(run / "nowhere") is None
 
 
+def test_where_all_are_damaged_nothing_is_touched(run):
+    for step in (1, 2, 3):
+        flip_bit(checkpoint.folder(run, step) / checkpoint.MODEL, 40)
+    before = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(UserError, match="no checkpoint in .* is whole: .*step_000003.*--out_dir"):
+        checkpoint.find_start(run, "auto", IDENTITY)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("what", ["step", "file"])
+def test_a_linked_checkpoint_is_not_taken_for_a_damaged_one(run, what, tmp_path):
+    """An older one in its place would lose steps, and a new run all of them."""
+    path = checkpoint.folder(run, 3)
+    linked = path if what == "step" else path / checkpoint.MODEL
+    os.rename(linked, tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(checkpoint.Linked, match="symbolic link; put what it names in its place"):
+        checkpoint.find_start(run, "auto", IDENTITY)
+    assert checkpoint.steps(run) == [1, 2, 3]
+    save(run, 4)
+    save(run, 5)
+    checkpoint.prune(run, 2)  # leaves a link alone
+    assert checkpoint.steps(run) == ([2, 3, 4, 5] if what == "step" else [2, 4, 5])
+
+
 def test_a_save_cut_short_leaves_the_run_as_it_was(run):
     with pytest.raises(TypeError):  # after both other files are written
         checkpoint.save(run, 4, model={"w": torch.ones(2)}, train_state={}, meta={"x": object()})
@@ -171,12 +197,19 @@ def test_find_takes_a_step_folder(run):
     assert checkpoint.find(str(path)) == checkpoint.find(f"{path}/") == path
 
 
-@pytest.mark.parametrize("step", ["7", "newest", "-1"])
+@pytest.mark.parametrize("step", ["7", "newest", "-1", "\u00b2", "\u0661", "1" * 5000])
 def test_find_names_the_steps_there_are(run, step):
     with pytest.raises(
         UserError, match=f"no step '{step}' .*wanted best, latest or one of 1, 2, 3"
     ):
         checkpoint.find(str(run), step)
+
+
+def test_a_damaged_best_is_said(run, capfd):
+    flip_bit(checkpoint.folder(run, 2) / checkpoint.META, 40)
+    assert checkpoint.find(str(run)) == checkpoint.folder(run, 3)
+    said = capfd.readouterr().err
+    assert "step_000002" in said and "the best of the others is taken" in said
 
 
 def test_find_without_checkpoints(tmp_path):
@@ -194,8 +227,54 @@ def test_find_start(run):
     assert checkpoint.find_start(run, "auto", IDENTITY) == checkpoint.folder(run, 3)
     with pytest.raises(UserError, match="made with seed=1, this run has 2"):
         checkpoint.find_start(run, "auto", {"seed": 2})
-    with pytest.raises(UserError, match="holds a run"):
-        checkpoint.find_start(run, "never", IDENTITY)
+
+
+@pytest.mark.parametrize("left", ["step_000006.damaged", "step_000006", "latest", "best", "notes"])
+@pytest.mark.parametrize("resume", ["auto", "never", "other"])
+def test_a_folder_that_holds_work_is_not_started_over(run, tmp_path, left, resume):
+    """'auto' may: other files than checkpoints are not in its way."""
+    other = tmp_path / "other"
+    other.mkdir()
+    assert checkpoint.find_start(other, resume.replace("other", "never"), IDENTITY) is None
+    (other / left).write_text("work")
+    if left == "notes" and resume == "auto":
+        assert checkpoint.find_start(other, "auto", IDENTITY) is None
+        return
+    resume = str(checkpoint.folder(run, 3)) if resume == "other" else resume
+    with pytest.raises(UserError, match=f"{left}.*another --out_dir"):
+        checkpoint.find_start(other, resume, IDENTITY)
+    assert (other / left).read_text() == "work"
+
+
+def test_find_start_at_a_step_however_it_is_written(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    start = checkpoint.find_start(Path("run"), str(checkpoint.folder(run, 2)), IDENTITY)
+    assert start == Path("run/step_000002")
+
+
+def test_a_second_roll_back_keeps_what_the_first_set_aside(run):
+    for note in ("first", "second", "third"):
+        if note != "first":
+            save(run, 3)
+        (run / "step_000003" / "note").write_text(note)
+        checkpoint.find_start(run, str(checkpoint.folder(run, 2)), IDENTITY)
+    asides = [run / f"step_000003.abandoned{number}" for number in ("", "-2", "-3")]
+    assert [(path / "note").read_text() for path in asides] == ["first", "second", "third"]
+
+
+def test_names_that_only_look_like_steps(run):
+    """Digits of other scripts, too many of them, a file."""
+    for name in (
+        "step_\u0660\u0660\u0660\u0660\u0660\u0667",
+        "step_0000008",
+        "step_9",
+        "step_000009.x",
+    ):
+        (run / name).mkdir()
+    assert checkpoint.steps(run) == [1, 2, 3]
+    (run / "step_000010").write_text("")
+    assert checkpoint.find_start(run, "auto", IDENTITY) == checkpoint.folder(run, 3)
+    assert (run / "step_000010.damaged").is_file()
 
 
 def test_find_start_at_an_older_step_sets_the_later_ones_aside(run):
@@ -221,5 +300,12 @@ def test_find_start_removes_what_was_cut_short(run):
 
 def test_a_run_that_will_not_fit_is_refused(run):
     checkpoint.check_space(run, 1000, 3)
+    # What is set aside stays: its room is not counted as if it came free.
+    free = shutil.disk_usage(run).free
+    needed = (free + 10**9) // (12 * 5)
+    with open(run / "step_000009.abandoned", "wb") as file:
+        file.truncate(2 * 10**9)  # sparse
+    with pytest.raises(UserError, match="has room for"):
+        checkpoint.check_space(run, needed, 3)
     with pytest.raises(UserError, match="5 checkpoints take 60000000.0 GB.*--keep_last"):
         checkpoint.check_space(run, 10**15, 3)

@@ -4,12 +4,13 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from nanosynth import UserError, checkpoint, settings
+from nanosynth import UserError, checkpoint, files, settings
 from nanosynth.data import bins
 from nanosynth.device import peak_flops
 from nanosynth.training import optim
@@ -265,8 +266,103 @@ def test_a_run_of_another_identity_is_refused(tiny_bins, run_dir, tmp_path, chan
 
 def test_resume_never_and_a_run_in_the_way(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run; use --resume=auto .* or another --out_dir"):
+    with pytest.raises(UserError, match="holds .*; use --resume=auto .* or another --out_dir"):
         train_run(tiny_bins, out_dir, resume="never")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("what", ["deleted", "damaged", "linked", "another project's"])
+def test_work_is_never_started_over(tiny_bins, run_dir, tmp_path, what):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    for step in checkpoint.steps(out_dir):
+        path = checkpoint.folder(out_dir, step)
+        if what == "damaged":
+            os.truncate(path / checkpoint.MODEL, 100)
+            continue
+        os.rename(path, tmp_path / path.name)
+        if what == "linked":
+            path.symlink_to(tmp_path / path.name)
+    if what == "another project's":
+        for name in ("latest", "best"):
+            (out_dir / name).unlink()
+        (out_dir / "config.json").write_text('{"model": "theirs"}')
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"another --out_dir|put what it names in its place"):
+        train_run(tiny_bins, out_dir)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_over(tiny_bins, run_dir, tmp_path):
+    """And its metrics are kept."""
+    out_dir = tmp_path / "run"
+    out_dir.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(run_dir / name, out_dir)
+    records = train_run(tiny_bins, out_dir, save_interval=3, eval_interval=3)
+    assert losses(records) == losses(read_metrics(run_dir))
+    kept = (out_dir / "metrics.jsonl.abandoned").read_bytes()
+    assert kept == (run_dir / "metrics.jsonl").read_bytes()
+
+
+def test_two_runs_of_one_folder_are_refused(tiny_bins, run_dir, tmp_path):
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    before = contents(out_dir)
+    with files.lock(out_dir), pytest.raises(UserError, match="another process works in"):
+        train_run(tiny_bins, out_dir, max_steps=9)
+    assert contents(out_dir) == before
+    assert train_run(tiny_bins, out_dir, max_steps=9)[-1]["step"] == 9
+    assert not (out_dir / files.LOCK).exists()
+
+
+def skip_steps(monkeypatch, first: int, last: int) -> None:
+    """No gradient of these steps is finite."""
+    intact, steps = train.optim.clip_gradients, iter(range(100))
+
+    def clip(*arguments):
+        norm = intact(*arguments)
+        return norm * math.nan if first <= next(steps) <= last else norm
+
+    monkeypatch.setattr(train.optim, "clip_gradients", clip)
+
+
+def test_a_save_that_is_due_in_trouble_waits_until_it_is_over(tiny_bins, tmp_path, monkeypatch):
+    skip_steps(monkeypatch, 3, 5)
+    settings = {"save_interval": 2, "eval_interval": 100, "max_steps": 10, "keep_last": 9}
+    train_run(tiny_bins, tmp_path / "run", **settings)
+    assert checkpoint.steps(tmp_path / "run") == [2, 7, 8, 10]
+
+
+def test_no_good_checkpoint_is_deleted_among_skipped_steps(tiny_bins, tmp_path, monkeypatch):
+    skip_steps(monkeypatch, 4, 99)
+    settings = {"save_interval": 1, "eval_interval": 100, "max_steps": 30, "keep_last": 2}
+    # Nothing good is known of 4's weights: they gave the first step that was skipped.
+    wanted = r"last good checkpoint: \S*step_000003; go on from it with --resume=\S*step_000003 and"
+    with pytest.raises(UserError, match=f"20 steps skipped .* {wanted} a lower"):
+        train_run(tiny_bins, tmp_path / "run", **settings)
+    assert checkpoint.steps(tmp_path / "run") == [3, 4]
+
+
+def test_a_stop_among_skipped_steps_is_saved_beside_the_good_ones(tiny_bins, tmp_path, monkeypatch):
+    skip_steps(monkeypatch, 4, 9)
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+    settings = {"save_interval": 1, "eval_interval": 100, "max_steps": 8, "keep_last": 2}
+    train_run(tiny_bins, tmp_path / "run", **settings)
+    assert checkpoint.steps(tmp_path / "run") == [3, 4, 8]
+
+
+@pytest.mark.parametrize(("rate", "reason"), [(1e38, "20 steps skipped"), (1e39, "not finite")])
+def test_ruined_weights_are_not_taken_for_good(tiny_bins, tmp_path, rate, reason):
+    """A step that is taken may ruin them: its gradients are finite, its learning rate is insane."""
+    settings = {"save_interval": 1, "eval_interval": 100}
+    train_run(tiny_bins, tmp_path / "run", max_steps=4, **settings)
+    good = f"{tmp_path}/run/step_000004"
+    wanted = f"{reason}.* last good checkpoint: {good}; .*--resume={good}"
+    with pytest.raises(UserError, match=wanted):
+        train_run(tiny_bins, tmp_path / "run", **settings, learning_rate=rate, max_steps=30)
+    assert train_run(tiny_bins, tmp_path / "run", **settings, resume=good)[-1]["step"] == 6
 
 
 def test_resume_from_another_runs_folder(tiny_bins, run_dir, tmp_path):
@@ -373,7 +469,7 @@ def test_a_flag_of_the_rows_replaces_what_the_file_says_of_them(tmp_path):
 def test_an_out_dir_that_cannot_be_made_is_refused(tiny_bins, tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/x"):
-        with pytest.raises(UserError, match="--out_dir=.*; wanted a folder that can be made"):
+        with pytest.raises(UserError, match="--out_dir=.*; wanted a folder that can be written"):
             train_run(tiny_bins, tmp_path / name)
 
 

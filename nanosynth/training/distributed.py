@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record as record  # for scripts
 
+from nanosynth import UserError
 from nanosynth.device import choose_device
 
 
@@ -56,6 +57,21 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def on_main(self, action: Callable[[], object]) -> object:
+        """What `action` gives on rank 0, which alone calls it; a UserError there is raised on all.
+        Call on every rank.
+        """
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = action()
+            except UserError as why:
+                error = str(why)
+        value, error = self.from_main((value, error))
+        if error:
+            raise UserError(error)
+        return value
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +20,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from nanosynth import settings
+from nanosynth import UserError, settings
 from nanosynth.device import memory_gb, model_flops_utilisation
-from nanosynth.files import not_through_a_link, write_atomically
+from nanosynth.files import not_through_a_link, set_aside, write_atomically
 
 
 class MetricsFile:
@@ -222,15 +223,35 @@ class RunLog:
                 output.close()
 
 
+def make_way(run_dir: Path, say: Callable[[str], None] = print) -> None:
+    """Before the first step of a run: keep the metrics of one that ended before its first
+    checkpoint, and raise UserError where config.json or metrics.jsonl is somebody else's.
+    """
+    config, metrics = run_dir / "config.json", run_dir / "metrics.jsonl"
+    found = [path.name for path in (config, metrics) if os.path.lexists(path)]
+    if found and not _starts(config):
+        whose = f"{run_dir} holds {' and '.join(found)} of something else"
+        raise UserError(f"{whose}; use another --out_dir")
+    if metrics.is_file() and metrics.stat().st_size:
+        aside = set_aside(metrics, "abandoned")
+        say(f"{run_dir} has no checkpoint: a new run; the metrics of the last one are {aside}")
+
+
+def _starts(config: Path) -> list[dict]:
+    """The starts that a run's config.json tells of; none where it is torn or of something else."""
+    try:
+        starts = json.loads(config.read_bytes())["starts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    are_ours = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
+    return starts if are_ours else []
+
+
 def write_config(path: Path, facts: dict, *, first_step: int) -> None:
     """config.json: `facts`, versions, and each start of the run with its command and commit.
 
     A resumed run has several starts, on other devices perhaps. Names no host and no user.
     """
-    try:
-        earlier = list(json.loads(path.read_text())["starts"])
-    except (OSError, ValueError, KeyError, TypeError):  # a new run, or a file that kept none
-        earlier = []
     this = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": settings.command_line(),
@@ -245,7 +266,7 @@ def write_config(path: Path, facts: dict, *, first_step: int) -> None:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    content = {**facts, **versions, "starts": [*earlier, this]}
+    content = {**facts, **versions, "starts": [*_starts(path), this]}
     write_atomically(path, json.dumps(content, indent=2))
 
 

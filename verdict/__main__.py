@@ -3,6 +3,7 @@
 Usage:
     python -m verdict --run=out/500m
     python -m verdict --run=out/500m --run=out/500m-seed43 --run=out/1b
+    python -m verdict --run=out/500m --control=out/500m-web
     python -m verdict --run=out/500m --only=tasks --generation=False --tasks=lambada_openai
 """
 
@@ -25,6 +26,9 @@ class VerdictConfig(settings.Settings):
         "a run's folder; give it again for more seeds, or to compare recipes",
         group="The runs",
         path=True,
+    )
+    control: str = setting(
+        "", "a run of the same shape and tokens on other text, to compare with", path=True
     )
     step: str = setting("best", "which checkpoint is measured: best, latest or a step's number")
     only: Literal["", "perplexity", "tasks", "report"] = setting(
@@ -70,6 +74,8 @@ class VerdictConfig(settings.Settings):
     def check(self) -> None:
         if len({Path(path).resolve() for path in self.run}) < len(self.run):
             raise UserError(f"--run names a folder twice: {', '.join(self.run)}")
+        if self.control and Path(self.control).resolve() in map(Path.resolve, map(Path, self.run)):
+            self.refuse("control", "wanted another run than those of --run")
         if self.only == "tasks" and not self.generation and not self.tasks:
             raise UserError("nothing to measure: wanted --generation=True or --tasks=NAMES")
 
@@ -94,7 +100,7 @@ from nanosynth.device import choose_device, choose_dtype, device_name
 from nanosynth.files import write_atomically
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
-from verdict import LOCAL_TASKS, TASKS_DIR, answers, instructions, quality, report, runs
+from verdict import LOCAL_TASKS, TASKS_DIR, answers, control, instructions, quality, report, runs
 
 FORMAT_VERSION = 1  # of tasks.json
 INSTALL = "pip install -r requirements-eval.txt"
@@ -208,9 +214,26 @@ def measure_zero_shot(
     lm = as_lm(run.path, str(meta["step"]), *place(config), config.batch_size)
     how = {"limit": config.limit, "chat_format": config.chat_format}
     figures, not_run = measure(lm, names, **how)
+    items = {task: {"step": meta["step"], "scores": f.pop("scores")} for task, f in figures.items()}
+    write_atomically(Path(run.path) / "task_items.json", json.dumps(run.items | items))
     tasks["zero_shot"] |= {task: scored | how for task, scored in figures.items()}
     write_tasks(run, tasks, "zero_shot", config, started)
     return not_run
+
+
+def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> list[str]:
+    """control.json of a run; a line where it could not be measured."""
+    device = choose_device(config.device)
+    how = {"device": device, "dtype": choose_dtype(config.dtype, device), "cast": False}
+    print(f"{run.path}: measuring it beside {other.path}", flush=True)
+    try:
+        found = control.compare(
+            run, other, lambda of: load(of.path, config.step, **how), how["dtype"]
+        )
+    except UserError as error:
+        return [f"{run.path}: not compared with {other.path}: {error}"]
+    write_atomically(Path(run.path) / "control.json", json.dumps(found, indent=2))
+    return []
 
 
 def place(config: VerdictConfig) -> tuple[torch.device, torch.dtype]:
@@ -290,8 +313,11 @@ def main(config: VerdictConfig) -> None:
         instructions.read_prompts(prompts_file(config))
         if config.data_dir:
             bins.read_meta(config.data_dir)
-        for run in loaded:
+        others = [runs.read(config.control)] if config.control else []
+        for run in [*loaded, *others]:
             notices += measure(run, config)
+        for run in config.run if others else ():
+            notices += measure_control(runs.read(run), runs.read(config.control), config)
         before = [note for run in loaded for note in run.notes]
         loaded = [runs.read(path) for path in config.run]
         after = [note for run in loaded for note in run.notes]

@@ -38,7 +38,8 @@ def validation_prompts(
     limit = block_size - room
     ids, references, left_out = [], [], 0
     for number, (tokens, mask) in enumerate(split.documents()):
-        turns = bins.prompts_and_answers(tokens, mask)
+        # A plain text is an answer to nothing.
+        turns = [turn for turn in bins.prompts_and_answers(tokens, mask) if turn[0]]
         if not turns:
             continue
         prompt, answer = turns[number % len(turns)]
@@ -173,15 +174,18 @@ def measure(
     return metrics, _records(prompts, by_mode)
 
 
+def _obeys(prompts: Prompts, answer: Answer) -> bool:
+    return instructions.obeys(answer.text, prompts.checks[answer.number])
+
+
 def _shares(prompts: Prompts, answers: list[Answer], references: list[Answer]) -> dict:
-    checks = prompts.checks
-    obeyed = [instructions.obeys(a.text, checks[a.number]) for a in answers] if checks else []
+    obeyed = [_obeys(prompts, answer) for answer in answers] if prompts.checks else []
     found = {
         "n": len(answers),
         "left_out": prompts.left_out,
         "coherent": q.share([answer.coherent for answer in answers]),
         "parts": {p: sum(a.parts[p] for a in answers) / len(answers) for p in q.PARTS},
-        "instructions": q.share(obeyed) if checks else None,
+        "instructions": q.share(obeyed) if prompts.checks else None,
     }
     if any(answer.coherent for answer in references):
         passes = ([answer.coherent for answer in of] for of in (answers, references))
@@ -254,6 +258,7 @@ def _records(prompts: Prompts, by_mode: dict[str, list[Answer]]) -> list[dict]:
             "coherent": answer.coherent,
             **answer.parts,
             "about_prompt_fixed_judge": answer.about_fixed,
+            **({"obeys": _obeys(prompts, answer)} if prompts.checks else {}),
         }
         for mode, answers in by_mode.items()
         for answer in answers

@@ -17,7 +17,7 @@ import jinja2
 from nanosynth import UserError
 from nanosynth.files import write_atomically
 from nanosynth.table import table
-from verdict import criteria, curves, quality
+from verdict import control, criteria, curves, quality
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
 from verdict.figures import answers, by_position, figures, leaves, loss_at
 from verdict.runs import Run
@@ -41,6 +41,11 @@ RULE_OF_CHOICE = (
     "The first {} answers that are coherent and that fail each part of the rule, to different "
     "prompts and in the order of the file: held-out prompts, sampled, the first sample of each, "
     "where it has several. What fails several parts stands at the first of them."
+)
+ABOUT_CONTROL = (
+    "A difference is the run's less the control's, its interval resamples the documents, questions "
+    "or prompts that both had. One in twenty would look larger than its interval by chance alone, "
+    "and another seed may move each."
 )
 MOST_ANSWERS = 5000  # of a run in report.html; a browser searches so many at once
 
@@ -164,6 +169,22 @@ def position_table(run: Run) -> Table | None:
     return Table(rows) if len(rows) > 1 else None
 
 
+def control_table(run: Run) -> Table:
+    rows = [["figure", "of", run.path, "the control", "difference", "95% interval", "n"]]
+    for found in run.control.get("differences", ()):
+        values = [shown(found["run"]), shown(found["control"]), f"{found['difference']:+.4g}"]
+        rows.append(
+            [
+                found["what"],
+                found["of"],
+                *values,
+                interval_text(found["interval"]),
+                f"{found['n']:,}",
+            ]
+        )
+    return Table(rows, left=(0, 1))
+
+
 def made_lines(run: Run) -> list[tuple[str, str]]:
     """(what, value) of how the run was made, so that it can be made again."""
     lines = []
@@ -258,6 +279,9 @@ def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
         "runs": [
             {
                 "path": run.path,
+                "control": run.control,
+                "compared": control.sentence(run.control) if run.control else "",
+                "control_table": control_table(run),
                 "position": position_table(run),
                 "positions": by_position(run),
                 "answers": answers_table(run),
@@ -272,6 +296,7 @@ def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
             for run in runs
         ],
         "filters": filters([sample for run in runs for sample in run.samples[:MOST_ANSWERS]]),
+        "about_control": ABOUT_CONTROL,
         "limits": LIMITS,
     }
 

@@ -28,6 +28,8 @@ class Run:
     meta: dict = field(default_factory=dict)  # meta.json of the best checkpoint
     perplexity: dict = field(default_factory=dict)  # eval_ppl.json
     tasks: dict = field(default_factory=dict)
+    items: dict = field(default_factory=dict)  # task_items.json: scores on single questions
+    control: dict = field(default_factory=dict)  # control.json
     data: dict = field(default_factory=dict)  # meta.json of data_dir
     samples: list[dict] = field(default_factory=list)
     samples_file: str = ""
@@ -67,6 +69,8 @@ def read(path: str) -> Run:
     run.meta = _take(run, folder, schemas.CHECKPOINT, _best_meta, "its best checkpoint")
     run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
     run.tasks = _take(run, folder / "tasks.json", schemas.TASKS)
+    run.items = _take(run, folder / "task_items.json", schemas.ITEMS)
+    run.control = _take(run, folder / "control.json", schemas.CONTROL)
     for name in SAMPLE_FILES:
         if not run.samples:
             run.samples, run.samples_file = _read_lines(run, folder / name, SAMPLE), name

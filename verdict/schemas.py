@@ -39,8 +39,10 @@ TRAIN_LINE = fields(
     "skipped:count tokens:count tokens_per_second:positive mfu:number|null"
 )
 VAL_LINE = fields("split:val step:count loss:number|null seconds:number")
-SAMPLE = fields("prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean")
-CHECKPOINT = fields("step:count", identity=fields("data_sha256?:text|null"))
+SAMPLE = fields(
+    "prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean obeys?:boolean"
+)
+CHECKPOINT = fields("step:count", identity=fields("data_sha256?:text|null") | {"model?": {}})
 SCORED = fields("perplexity:positive|nan bits_per_byte:number|nan tokens:count")
 SCORED["perplexity_95"] = ["number|nan"]
 PERPLEXITY = {
@@ -64,6 +66,15 @@ TASKS = {
         )
     },
     "published?": {"*": [fields("model:text score:number source:text metric?:text")]},
+}
+ITEMS = {"*": {"step": "count", "scores": ["number"]}}
+CONTROL = {
+    "control": "text",
+    "unlike": ["text"],
+    "differences": [
+        fields("what:text of:text n:count run:number control:number difference:number")
+        | {"interval": ["number"]}
+    ],
 }
 DATA = {"files": {"*": fields("sha256:text")}}
 

@@ -82,7 +82,8 @@ def _bars_on_terminals_only() -> contextlib.AbstractContextManager:
 
 
 def _figures(measured: dict, loaded: dict) -> dict[str, dict]:
-    """For each task: metric, score, stderr, chance, n, and all its `metrics`.
+    """For each task: metric, score, stderr, chance, n, all its `metrics`, and the `scores` of its
+    single questions where they are numbers.
 
     The score is acc_norm (likelihood a character) where the task has it, else acc, else its first.
     """
@@ -100,7 +101,9 @@ def _figures(measured: dict, loaded: dict) -> dict[str, dict]:
         samples = measured["samples"].get(task, [])
         is_choice = task in loaded and loaded[task].OUTPUT_TYPE == "multiple_choice" and samples
         chances = [1 / len(sample["arguments"]) for sample in samples] if is_choice else []
+        scores = [sample.get(metric) for sample in samples]
         figures[task] = {
+            "scores": scores if all(isinstance(one, int | float) for one in scores) else [],
             "metric": metric,
             "score": float(metrics[metric]),
             "stderr": metrics.get(f"{metric}_stderr"),

@@ -111,7 +111,8 @@ def test_local_tasks_equal_our_likelihoods_offline_and_from_any_folder(
         assert scored["stderr"] > 0 and scored["asked_as"] == name
         acc, acc_norm = by_hand(model_and_run[0], name, 25, chat_format)
         assert scored["metrics"]["acc"] == pytest.approx(acc)
-        assert scored["score"] == pytest.approx(acc_norm)
+        assert scored["score"] == pytest.approx(acc_norm) == np.mean(scored["scores"])
+        assert len(scored["scores"]) == 25
 
 
 def test_unknown_and_unreachable_tasks_are_said_in_one_line(monkeypatch, lm):

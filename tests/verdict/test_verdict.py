@@ -201,6 +201,7 @@ def stub(measured: list[list[str]], monkeypatch) -> None:
     def measure(lm, names, *, limit, chat_format):
         measured.append(names)
         scored = {"metric": "acc", "score": 0.5, "stderr": None, "chance": 0.25, "n": 4}
+        scored["scores"] = [1.0, 0.0, 1.0, 0.0]
         known = {n: scored | {"metrics": {}, "asked_as": n} for n in names if n != "nothing"}
         return known, [f"no task {name!r}" for name in names if name == "nothing"]
 

@@ -1,0 +1,133 @@
+"""A control: a run of the same shape and tokens on other text, beside the run that is judged.
+
+control.json holds what both got and the difference, the run's less the control's, with a 95%
+interval that resamples what both were given: documents, questions, prompts.
+"""
+
+from collections.abc import Callable, Iterator
+from math import log
+
+import numpy as np
+import torch
+
+import eval_ppl
+from model import GPT
+from nanosynth import tokenizer
+from nanosynth.data import bins
+from nanosynth.inference.load import LoadedRun
+from nanosynth.training.distributed import World
+from verdict import quality
+from verdict.runs import Run
+
+WINDOWS = 8  # scored at once
+
+
+def compare(run: Run, control: Run, load: Callable[[Run], LoadedRun], dtype: torch.dtype) -> dict:
+    """The content of control.json; the models that `load` gives are multiplied in `dtype`."""
+    measured = [*bits_per_byte(run, control, load, dtype), *tasks(run, control)]
+    measured += prompts(run, control)
+    return {"control": control.path, "unlike": unlike(run, control), "differences": measured}
+
+
+def difference(what: str, of: str, rows: np.ndarray) -> dict:
+    """`rows` (n, 3): of each unit what the run got, what the control got, and what it weighs."""
+    own, other = rows.sum(axis=0)[:2] / max(rows.sum(axis=0)[2], 1)
+    ends = quality.bootstrap(rows, lambda own, other, weight: (own - other) / max(weight, 1))
+    figures = {"run": float(own), "control": float(other), "difference": float(own - other)}
+    return {"what": what, "of": of, "n": len(rows), **figures, "interval": ends}
+
+
+def bits_per_byte(
+    run: Run, control: Run, load: Callable[[Run], LoadedRun], dtype: torch.dtype
+) -> Iterator[dict]:
+    """Of both on the validation split of each, over the tokens that both were trained on."""
+    of_each = (bins.Split(of.settings.get("data_dir", ""), "val") for of in (run, control))
+    splits = {split.sha256: split for split in of_each}  # one, where both have the same data
+    on_answers = any(of.settings.get("loss_on") == "assistant" for of in (run, control))
+    sums: dict[str, list[tuple]] = {sha256: [] for sha256 in splits}
+    for of in (run, control):  # one model in memory at a time
+        model = load(of).model
+        for sha256, split in splits.items():
+            sums[sha256].append(_bits_and_bytes(model, split, dtype, on_answers))
+    for sha256, split in splits.items():
+        (own, n_bytes), (other, _) = sums[sha256]
+        rows = np.stack([own, other, n_bytes], axis=1)
+        yield difference("bits a byte", str(split.path), rows)
+
+
+def _bits_and_bytes(
+    model: GPT, split: bins.Split, dtype: torch.dtype, on_answers: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(documents,) each: bits that a model pays for, and bytes of text."""
+    ids, mask = split.ids(0, split.n_tokens), split.mask(0, split.n_tokens)
+    alone = World(rank=0, size=1, device=next(model.parameters()).device)
+    how = {"stride": model.config.block_size, "batch_size": WINDOWS, "dtype": dtype}
+    losses = eval_ppl.score(model, ids, alone, **how)
+    document = np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
+    weights = mask[1:].astype(np.float64) if on_answers else np.ones(len(losses))
+    n_bytes = tokenizer.token_bytes()[ids[1:]] * weights
+    return np.bincount(document, losses * weights) / log(2), np.bincount(document, n_bytes)
+
+
+def tasks(run: Run, control: Run) -> Iterator[dict]:
+    """Of the tasks that both were scored on, over the same questions."""
+    own, other = _scores(run), _scores(control)
+    for task in own:
+        if own[task] and len(own[task]) == len(other.get(task, ())):
+            rows = np.stack([own[task], other[task], np.ones(len(own[task]))], axis=1)
+            yield difference(run.tasks["zero_shot"][task]["metric"], task, rows)
+
+
+def _scores(run: Run) -> dict[str, list[float]]:
+    """On single questions, by task, of the step that tasks.json is of."""
+    step, scored = run.tasks.get("step"), run.tasks.get("zero_shot", {})
+    return {
+        task: found["scores"]
+        for task, found in run.items.items()
+        if task in scored and found["step"] == step
+    }
+
+
+def prompts(run: Run, control: Run) -> Iterator[dict]:
+    """Of the answers to the prompts with checks, which are everyone's: are they coherent, do they
+    obey?
+    """
+    own, other = (_answers(of) for of in (run, control))
+    for mode in ("greedy", "sampled"):
+        both = [key for key in own if key in other and key[0] == mode]
+        for what in ("coherent", "obeys"):
+            pairs = [(own[key].get(what), other[key].get(what), 1.0) for key in both]
+            if pairs and all(None not in pair for pair in pairs):
+                yield difference(what, f"prompts, {mode}", np.array(pairs, dtype=np.float64))
+
+
+def _answers(run: Run) -> dict[tuple, dict]:
+    """The first answer to each prompt with a check, by mode and prompt."""
+    firsts = (s for s in run.samples if s.get("set") == "prompts" and not s.get("sample"))
+    return {(sample.get("mode"), sample["prompt"]): sample for sample in firsts}
+
+
+def unlike(run: Run, control: Run) -> list[str]:
+    """In what the two differ beside their text."""
+    facts = []
+    for of in (run, control):
+        model = of.meta.get("identity", {}).get("model", {})
+        facts.append({**model, "tokens": of.train[-1]["tokens"] if of.train else None})
+    own, other = facts
+    return [
+        f"{name} {own[name]} and {other.get(name)}" for name in own if own[name] != other.get(name)
+    ]
+
+
+def sentence(found: dict) -> str:
+    """Which differences of control.json are larger than their interval."""
+    larger = [
+        f"{d['what']} of {d['of']} ({d['difference']:+.3g})"
+        for d in found["differences"]
+        if min(d["interval"], default=0) > 0 or max(d["interval"], default=0) < 0
+    ]
+    said = f"Larger than their interval, of {len(found['differences'])} differences to "
+    said += f"{found['control']}: {', '.join(larger) or 'none'}."
+    return said + (
+        f" The two are unlike in {'; '.join(found['unlike'])}." if found["unlike"] else ""
+    )

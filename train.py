@@ -8,6 +8,7 @@ Read `loop`, `take_step` and `train_step`: they are the training. All else build
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -165,6 +166,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from nanosynth import checkpoint, files
+from nanosynth.checkpoint import Saver
 from nanosynth.data import bins
 from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory, peak_flops
 from nanosynth.training import distributed, micro_batch, optim
@@ -220,19 +222,18 @@ class Run:
         return min(self.config.eval_rows or n_rows, n_rows)
 
 
-def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
+def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> None:
     """One pass for each step: evaluate and save what is due, then train. Call on every rank.
 
     `step` counts the updates that are done. The last pass only evaluates and saves.
     """
     config, world = run.config, run.world
-    best_loss = checkpoint.best_loss(run.out_dir)
-    saved = True  # rank 0 alone saves; the others hear of a failure at the end
     is_owed = False  # a save that trouble has put off
     look_at_two_batches(run, log)
     for step in range(run.first_step, run.max_steps + 1):
         # A rank that waits for another one for ever can't be told by itself: a clock tells it.
         distributed.expect_progress(config.hang_seconds)
+        saver.check()
         stopping = world.any(stop.requested)  # a collective, so all ranks stop at one step
         is_last = stopping or step == run.max_steps
         is_new = step > run.first_step  # a resumed step was evaluated and saved before
@@ -247,17 +248,19 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal) -> None:
                 started = time.perf_counter()
                 val_loss = evaluate(run, run.n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
+            saver.wait()  # one save at a time; and only what is saved counts as the best
+            best_loss = checkpoint.best_loss(run.out_dir)
             is_best = val_loss is not None and val_loss < best_loss  # NaN never is
             # Among skipped steps there may be no way on from here: what is due waits until one is
             # taken; the last save can't, but no good one is deleted for it.
             in_trouble = bool(run.guard.n_skipped)  # alike on all ranks
             is_owed = save_due and in_trouble and not is_last
-            if world.is_main and (is_best or (save_due and not is_owed)):
-                saved = save(run, step, log, val_loss, prune=is_best or not in_trouble)
-                best_loss = checkpoint.best_loss(run.out_dir)
+            is_due = save_due and not is_owed
+            if world.any(is_due or (world.is_main and is_best)):  # a collective
+                save(run, step, log, val_loss, saver, prune=is_best or not in_trouble)
             log.restart_clock()  # neither counts as training in tokens a second
         if is_last:  # the last pass trains nothing
-            return finish(run, step, log, stopping=stopping, saved=saved)
+            return finish(run, step, log, stopping=stopping, saved=saver.wait())
 
         take_step(run, step, log)
         if (step + 1) % config.log_interval == 0:
@@ -388,17 +391,29 @@ def look_at_two_batches(run: Run, log: RunLog) -> None:
     log.restart_clock()
 
 
-def save(run: Run, step: int, log: RunLog, val_loss: float | None, *, prune: bool = True) -> bool:
-    """Whether the checkpoint of `step` is published; a full disk costs it, not the run. With
-    `prune`, older ones go.
+def save(
+    run: Run,
+    step: int,
+    log: RunLog,
+    val_loss: float | None,
+    saver: Saver,
+    *,
+    prune: bool = True,
+) -> None:
+    """Begin the checkpoint of `step`, by rank 0: copied now, written while training goes on. With
+    `prune`, older ones go then. Call on every rank.
 
     No state of the data order, which is arithmetic on the step, nor of random numbers, which each
     micro-batch seeds anew.
     """
+    optimizer = run.optimizer.state_dict()  # a collective, of Muon's
+    if not run.world.is_main:
+        return
     state = {
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
         "guard": run.guard.state_dict(),
+        "metrics_bytes": log.size(),
     }
     meta = {
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
@@ -406,10 +421,19 @@ def save(run: Run, step: int, log: RunLog, val_loss: float | None, *, prune: boo
         "settings": asdict(run.config),
         "torch": str(torch.__version__),
     }
-    tensors = run.raw_model.state_dict()  # of the bare model: no prefix of DDP's or compile's
+    model = run.raw_model.state_dict()  # of the bare model: no prefix of DDP's or compile's
+    content = {"model": model, "train_state": state, "meta": meta}
+    content = checkpoint.on_host(content)
+    saver.start(functools.partial(publish, run, step, log, content, prune=prune))
+
+
+def publish(run: Run, step: int, log: RunLog, content: dict, *, prune: bool) -> bool:
+    """Write what `save` has copied, and delete what is no longer kept; whether the checkpoint is
+    there: a full disk costs it, not the run. In the saver's thread.
+    """
     try:
-        state["metrics_bytes"] = log.synced_size()
-        path = checkpoint.save(run.out_dir, step, model=tensors, train_state=state, meta=meta)
+        log.sync(content["train_state"]["metrics_bytes"])
+        path = checkpoint.save(run.out_dir, step, **content)
     except OSError as error:
         log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
         return False
@@ -727,7 +751,8 @@ def train(
         run = distribute(restore(run))
         log = open_log(run)
         if run.first_step < run.max_steps:
-            loop(run, log, stop)
+            with Saver() as saver:
+                loop(run, log, stop, saver)
         else:
             finish(run, run.first_step, log, stopping=False, saved=True)
         log.close()

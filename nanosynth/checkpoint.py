@@ -14,12 +14,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from nanosynth import UserError
 from nanosynth.files import LOCK, HashedFile, set_aside, sync, temporary, write_atomically
@@ -47,6 +49,56 @@ def steps(run_dir: Path) -> list[int]:
     """The steps that have a folder, in order."""
     names = os.listdir(run_dir) if run_dir.is_dir() else []
     return sorted(int(name.removeprefix("step_")) for name in names if NAME.fullmatch(name))
+
+
+class Saver:
+    """Runs saves in a thread, one at a time, while training goes on; its context ends with the
+    last. An error that a save raises ends the training: it is raised by what is called next here.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[bool] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def start(self, save: Callable[[], bool]) -> None:
+        """Begin `save`, which says whether its checkpoint is published. Wait for the last first."""
+        assert self._last is None or self._last.done()
+        self._last = self._thread.submit(save)
+
+    def wait(self) -> bool:
+        """Whether the last checkpoint is published, when that is known; True before the first."""
+        return self._last is None or self._last.result()
+
+    def check(self) -> None:
+        """Raise what the last save may have raised by now."""
+        if self._last and self._last.done():
+            self._last.result()
+
+
+def on_host(state: dict) -> dict:
+    """A copy of nested dicts and lists whose tensors lie in host memory, for a save to read while
+    training changes the originals. What is one tensor under several names stays one.
+    """
+    copies: dict[tuple, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr(), tensor.shape
+        if key not in copies:
+            # Into pinned memory a GPU copies ten times as fast; torch keeps it for the next save.
+            twin = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copies[key] = twin.copy_(tensor, non_blocking=True)
+        return copies[key]
+
+    twins = tree_map_only(Tensor, copied, state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # the copies are only begun until here
+    return twins
 
 
 def save(

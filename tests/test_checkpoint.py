@@ -59,6 +59,16 @@ def test_a_tied_tensor_is_stored_once(run):
     assert size < 8 * 4 * 4 + 4 * 2 + 300
 
 
+def test_a_copy_on_the_host_is_its_own_and_ties_what_was_tied():
+    wte = torch.ones(4, 2)
+    state = {"model": {"wte": wte, "head": wte.view(4, 2)}, "moments": [wte[0], {"scale": 0.5}]}
+    found = checkpoint.on_host(state)
+    wte.zero_()
+    assert found["model"]["wte"].sum() == 8 and found["moments"][0].tolist() == [1, 1]
+    assert found["model"]["wte"].data_ptr() == found["model"]["head"].data_ptr()
+    assert found["moments"][1] == {"scale": 0.5}
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_flipped_bit_is_found(run, name, share):

@@ -3,6 +3,8 @@ import functools
 import math
 import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -595,5 +597,48 @@ def test_ddp_does_not_cut_the_compiled_graphs(tiny_bins, tmp_path, graphs, group
     flags = {**RUN, "data_dir": tiny_bins, "out_dir": str(tmp_path), "compile": True}
     config = train.TrainConfig(**flags)
     run = train.build(config, replace(ALONE, size=2), train.open_splits(config))
+    run = train.distribute(run)
     train.train_step(run, train.micro_batches(run, 0), n_targets=32)
     assert isinstance(run.model, torch.nn.parallel.DistributedDataParallel) and len(graphs) == 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_bins, tmp_path, monkeypatch, run_dir):
+    """And changes nothing of what is written; the end waits for the last one."""
+    publish, take, is_ahead = checkpoint.save, train.take_step, threading.Event()
+
+    def slow(run_dir, step, **content):
+        assert step == 6 or is_ahead.wait(10), "training waits for the checkpoint"
+        time.sleep(0.2)
+        return publish(run_dir, step, **content)
+
+    def take_step(run, step, log):
+        take(run, step, log)
+        if step == 4:
+            is_ahead.set()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(train, "take_step", take_step)
+    train_run(tiny_bins, tmp_path / "run", save_interval=3, eval_interval=3)
+    for step in (3, 6):
+        paths = [checkpoint.folder(of, step) for of in (tmp_path / "run", run_dir)]
+        found, wanted = (checkpoint.verify(path)["files"][checkpoint.MODEL] for path in paths)
+        assert found == wanted
+
+
+def test_a_failed_save_costs_its_checkpoint_and_another_error_ends_the_run(
+    tiny_bins, tmp_path, monkeypatch, capfd
+):
+    intact, errors = checkpoint.save, {3: OSError(errno.EIO, "Input/output error")}
+
+    def save(run_dir, step, **content):
+        if step in errors:
+            raise errors[step]
+        return intact(run_dir, step, **content)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    train_run(tiny_bins, tmp_path / "run", save_interval=3)
+    assert checkpoint.steps(tmp_path / "run") == [6]
+    assert "step      3: checkpoint NOT saved, training goes on" in capfd.readouterr().out
+    errors[3] = RuntimeError("planted")
+    with pytest.raises(RuntimeError, match="planted"):
+        train_run(tiny_bins, tmp_path / "other", save_interval=3)

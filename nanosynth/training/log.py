@@ -3,6 +3,7 @@
 metrics.jsonl has one JSON object a line and is the truth; the console and wandb only show it.
 """
 
+import errno
 import json
 import math
 import os
@@ -48,11 +49,15 @@ class MetricsFile:
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
-    def synced_size(self) -> int:
-        """Bytes on disk when all is written: what a checkpoint remembers; else OSError."""
-        self._write_out()
+    def size(self) -> int:
+        """Bytes of all records until now, also those that wait: what a checkpoint remembers."""
+        return self._file.tell() + len(self._unwritten)
+
+    def sync(self, size: int) -> None:
+        """Have the first `size` bytes on disk, or raise OSError. A thread may call it."""
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        if os.fstat(self._file.fileno()).st_size < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         with self._file:
@@ -202,9 +207,13 @@ class RunLog:
         if self._outputs:
             self._outputs.console.say(text)
 
-    def synced_size(self) -> int:
-        """Bytes of metrics.jsonl on disk; 0 on ranks that write none."""
-        return self._outputs.file.synced_size() if self._outputs else 0
+    def size(self) -> int:
+        """Bytes of metrics.jsonl; on rank 0 alone, like `sync`."""
+        return self._outputs.file.size()
+
+    def sync(self, size: int) -> None:
+        """Have the first `size` bytes of metrics.jsonl on disk, or raise OSError."""
+        self._outputs.file.sync(size)
 
     def _emit(self, record: dict) -> None:
         if not self._outputs:

@@ -16,6 +16,7 @@ TRIALS = {
     "SIGKILL at a random time, resumed, adamw": (5, 500),
     "SIGKILL at a random time, resumed, muon": (3, 100),
     "10 SIGKILLs in a row, resumed": (1, 50),
+    "SIGKILL in the saving thread while training goes on": (3, 200),
     "power cut within a save: states replayed": (300, 3000),
     "one bit flipped": (300, 10_000),
     "SIGTERM, SIGINT or SIGUSR1 to a rank or to torchrun": (1, 50),

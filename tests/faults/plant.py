@@ -3,15 +3,19 @@
 A fault is NAME:RANK:STEP[:NUMBER]. Outside its rank and steps the program is train.py's own.
 """
 
+import contextlib
+import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import train
+from faults import disk
 from nanosynth import checkpoint, settings
 from nanosynth.data import bins
 from nanosynth.training import optim
@@ -31,6 +35,7 @@ class Fault(NamedTuple):
 
 
 NOW = {"rank": 0, "step": -1}  # the step that is taken or was taken last
+WATCHES = contextlib.ExitStack()  # until the process ends
 
 
 def before_step(action: Callable[[train.TrainConfig, int], None]) -> None:
@@ -146,6 +151,32 @@ def limit_files(fault: Fault) -> None:
     before_step(change)
 
 
+def in_saver(action: Callable[[int], None]) -> None:
+    """Call `action(n)` before operation n, counted from 1, of the saving thread on the disk."""
+    number = itertools.count(1)
+
+    def before(operation: disk.Operation, write: Callable | None) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            action(next(number))
+
+    WATCHES.enter_context(disk.watch(before))
+
+
+def kill_saver(fault: Fault) -> None:
+    """SIGKILL before operation `number` of the saves, held back until training is `step` steps
+    further, unless training waits for it.
+    """
+
+    def kill(number: int) -> None:
+        if number == fault.number:
+            wanted, limit = NOW["step"] + fault.step, time.monotonic() + 1.0
+            while NOW["step"] < wanted and time.monotonic() < limit:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_saver(kill)
+
+
 def shorten_window(fault: Fault) -> None:
     optim.SpikeGuard.WINDOW = fault.number
 
@@ -165,6 +196,8 @@ PLANTS = {
     "full": fill_disk,
     "fsize": limit_files,
     "kill": lambda fault: at_step(fault, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "killsave": kill_saver,
+    "slowsave": lambda fault: in_saver(lambda number: time.sleep(fault.number / 1000)),
     "term": lambda fault: at_step(fault, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "stop": lambda fault: at_step(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "sleep": lambda fault: at_step(fault, lambda: time.sleep(60)),

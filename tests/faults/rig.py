@@ -283,6 +283,7 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
         identity={"seed": 1},
     )
     said: list[str] = []
+    saver = checkpoint.Saver()
     path = run_dir / "metrics.jsonl"
     file = train.MetricsFile(path, path.stat().st_size if path.exists() else 0)
     outputs = train.Outputs(file, mock.Mock(say=said.append), None)
@@ -293,7 +294,8 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
             model.lm_head.weight += 1.0
         file.write({"step": step, "note": "x" * 100})
         said.clear()
-        train.save(run, step, log, val_loss)
+        train.save(run, step, log, val_loss, saver)
+        saver.wait()
         return list(said)
 
     return save

@@ -80,6 +80,33 @@ def test_chain_of_kills(work, fault_bins, alone, tally):
     row.check()
 
 
+def test_kill_in_the_saving_thread(work, fault_bins, alone, tally):
+    """At any operation on the disk of the first three saves, the last of which deletes one."""
+    row = tally("SIGKILL in the saving thread while training goes on")
+    chance = random.Random(9)
+    for number in range(row.wanted):
+        run = Run(fault_bins, work / str(number))
+        run.finish(f"killsave:0:2:{chance.randint(1, 65)}", codes=(-signal.SIGKILL,))
+        saved = [int(path.name[-6:]) for path in run.out_dir.glob("*step_??????")]
+        n_trained = len(rig.tiny.read_metrics(run.out_dir)) - (max(saved, default=4) >= 8)
+        row.land(where_killed(run, run.log))
+        row.land("steps trained meanwhile", n_trained - max(saved, default=4))
+        row.trial(run.finish().complaints(alone))
+        run.remove()
+    assert row.landed.get("in a save") and row.landed["steps trained meanwhile"] > 0
+    row.check()
+
+
+def test_stop_while_a_checkpoint_is_written(work, fault_bins, alone, tally):
+    """Both are kept: the one that was being written, and the one of the stop."""
+    row = tally("SIGTERM while the saving thread writes")
+    run = Run(fault_bins, work / "run").finish("slowsave:0:0:20,term:0:12")
+    good = rig.verified(run.out_dir)
+    row.trial([] if good == [8, 12, 13] else [f"left {good}: {run.log[-1500:]}"])
+    row.trial(run.finish().complaints(alone))
+    row.check()
+
+
 def test_best_survives_kills(work, fault_bins, tally):
     """The lowest logged validation loss lies in mid-run, and its checkpoint outlives keep_last."""
     row = tally("best checkpoint after SIGKILLs")

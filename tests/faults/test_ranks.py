@@ -61,6 +61,7 @@ def test_second_signal(work, fault_bins, alone, tally):
     run = Run(fault_bins, work / "run")
     (process,) = run.start("sleep:0:13")
     run.wait_for(12)
+    time.sleep(0.3)  # until it sleeps
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(1.3)  # more than the grace in which it counts as the same request
     os.kill(process.pid, signal.SIGTERM)

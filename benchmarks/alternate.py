@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class Contender:
     line: str  # a regular expression: the line that ends a unit of work
     n_tokens: int  # of a unit
     folder: Path = ROOT  # where it runs
+    environment: Mapping[str, str] = field(default_factory=dict)  # on top of ours
     asks: bool = False  # reads a line before each unit, after a first line when it is ready
 
 
@@ -66,6 +67,7 @@ class Running:
         self._process = subprocess.Popen(
             [sys.executable, "-u", *contender.command],
             cwd=contender.folder,
+            env={**os.environ, **contender.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,0 +1,42 @@
+"""How long torch's OpenMP threads spin: what the library itself says it read."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny import REPO
+
+TORCH = Path(importlib.util.find_spec("torch").origin).parent
+LIBGOMP = sorted(TORCH.glob("lib/libgomp*")) + sorted(TORCH.glob("../torch.libs/libgomp*"))
+LOAD = "import ctypes, sys, nanosynth; assert 'torch' not in sys.modules; ctypes.CDLL(sys.argv[1])"
+
+
+@pytest.mark.skipif(not LIBGOMP, reason="this torch has another OpenMP")
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [
+        ({}, 1000),
+        ({"GOMP_SPINCOUNT": "77"}, 77),
+        ({"OMP_WAIT_POLICY": "passive"}, 0),
+        ({"OMP_WAIT_POLICY": "active"}, 30_000_000_000),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(said, spins):
+    kept = {
+        name: v
+        for name, v in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, LIBGOMP[0]],
+        env=kept | said | {"OMP_DISPLAY_ENV": "verbose"},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

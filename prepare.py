@@ -1,8 +1,9 @@
-"""Conversations of any source to token bins: read, check, deduplicate, split, encode, shuffle.
+"""Conversations and texts of any source to bins: read, check, deduplicate, split, encode, shuffle.
 
 Usage:
     python prepare.py --source=teknium/OpenHermes-2.5 --data_dir=data/openhermes
     python prepare.py --source=conversations.jsonl --data_dir=data/mine
+    python prepare.py --source=A.jsonl --source=B.txt --weights=0.7,0.3 --data_dir=data/both
 
 It streams: a row is read, checked and encoded while others are written, and memory stays flat
 however large the source is. Every row is either in the bins or counted by the reason why not.
@@ -10,30 +11,45 @@ however large the source is. Every row is either in the bins or counted by the r
 
 import itertools
 import json
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from nanosynth import UserError, settings, tokenizer
-from nanosynth.data import conversations, sources
+from nanosynth.data import conversations, formats, sources
+from nanosynth.files import temporary
 from nanosynth.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(settings.Settings):
-    """Write data_dir/{train,val}.bin, their masks, stats.png and meta.json from conversations."""
+    """Write data_dir/{train,val}.bin, their masks, stats.png and meta.json from conversations and
+    plain texts."""
 
     source: settings.MANY = setting(
         (sources.OPENHERMES,),
-        "a .json, .jsonl or .parquet file, .gz or .zst too, a folder, or a hub id",
+        "a .json, .jsonl, .parquet, .arrow or .txt file, compressed or not, a folder, or a hub id",
         group="The source",
         path=True,
     )
     revision: str = setting("", "hub revision; empty: the pinned one, or the newest, recorded")
+    split: str = setting("", "of a data set that has several; empty: train")
+    columns: str = setting(
+        "", "what they are used for, as user=question,assistant=reply,system=persona (docs/data.md)"
+    )
+    document_separator: str = setting(
+        "<|endoftext|>",
+        "of .txt files: a line of its own or, with a newline (\\n) in it, what stands between",
+    )
+    weights: str = setting(
+        "", "shares of the training tokens, one for each source: 0.7,0.3; empty: all there is"
+    )
     max_rows: int = setting(
         0, "a random sample of so many rows of the whole source; 0: all", at_least=0
     )
@@ -62,6 +78,22 @@ class PrepareConfig(settings.Settings):
     leak_check: bool = setting(False, "count the 13-grams that train and validation share")
     picture: bool = setting(True, "draw stats.png")
 
+    def check(self) -> None:
+        if not self.document_separator.strip(" "):
+            self.refuse("document_separator", "wanted some text, or \\n")
+        if self.weights and len(self.shares()) != len(self.source):
+            self.refuse("weights", f"wanted one for each --source: {len(self.source)}")
+
+    def shares(self) -> list[float]:
+        """The weights, scaled to a sum of 1."""
+        try:
+            shares = [float(part) for part in self.weights.split(",")]
+        except ValueError:
+            shares = [0.0]
+        if not all(0 < share < math.inf for share in shares):
+            self.refuse("weights", "wanted numbers above 0, as 0.7,0.3")
+        return [share / sum(shares) for share in shares]
+
 
 if __name__ == "__main__":
     arguments = settings.from_argv(PrepareConfig)  # before torch takes its time
@@ -80,53 +112,79 @@ BATCH_CHARACTERS = 1 << 18
 BATCH_ROWS = 1000
 
 # The settings that the bins depend on, beside the source; meta.json keeps them.
-RECIPE = "seed val_fraction max_rows drop_refusals drop_non_english drop_runs".split()
+RECIPE = (
+    "seed val_fraction max_rows drop_refusals drop_non_english drop_runs "
+    "split columns document_separator weights"
+).split()
 
 
 def main(config: PrepareConfig) -> None:
-    source = sources.open_sources(config.source, config.revision)
-    tally = stats.Tally()
+    columns = conversations.named_columns(config.columns)
     try:
-        with bins.BinWriter(config.data_dir) as writer:
-            write_documents(source, config, writer, tally)
-            check_usable(tally, config)
-            writer.shuffle(config.seed)
-            meta = {**description(source, config), **tally.figures()}
-            if config.leak_check:
-                paths = (writer.partial / "train.bin", writer.partial / "val.bin")
-                meta["leak_check"] = ngrams.shared_grams(*paths)
-            if config.picture:
-                title = f"{meta['source'][:100]}: {meta['rows_kept']:,} conversations"
-                stats.draw(tally, writer.partial / "stats.png", title)
-            writer.publish(meta)
+        try:
+            meta = prepare(config, columns, split_by="first user turn")
+        except OneFirstTurn:
+            meta = prepare(config, columns, split_by="all user turns")
     except OSError as error:
         raise UserError(f"stopped while preparing {config.data_dir}: {error}") from error
     print(f"{stats.summary(meta)}\n\nwritten to {config.data_dir}")
 
 
+class OneFirstTurn(Exception):
+    """All conversations begin alike, as with one history: the first turn tells no two apart."""
+
+
+def prepare(config: PrepareConfig, columns: conversations.Columns, *, split_by: str) -> dict:
+    """The bins of the sources, published; their meta.json."""
+    reading = formats.Reading(
+        columns=columns, split=config.split, separator=config.document_separator
+    )
+    tally = stats.Tally()
+    with bins.BinWriter(config.data_dir, has_picture=config.picture) as writer:
+        source = sources.open_sources(config.source, config.revision, reading)
+        with Rejects(config.rejects, source, tally) as rejects:
+            kept = kept_conversations(source, columns, config, rejects, tally)
+            write_documents(kept, source, config, writer, tally, split_by)
+            choose(config, source, rejects, tally)
+        check_usable(source, columns, tally, config, split_by)
+        chosen = None if tally.chosen is None else tally.by_split(tally.chosen)
+        writer.shuffle(config.seed, chosen, tally.labels())
+        meta = {**description(source, config), "split_by": split_by, **tally.figures()}
+        if config.leak_check:
+            paths = (writer.partial / "train.bin", writer.partial / "val.bin")
+            meta["leak_check"] = ngrams.shared_grams(*paths)
+        if config.picture:
+            title = f"{meta['source'][:100]}: {meta['rows_kept']:,} documents"
+            stats.draw(tally, writer.partial / bins.PICTURE, title)
+        writer.publish(meta)
+    return meta
+
+
 def write_documents(
-    source: sources.Source, config: PrepareConfig, writer: bins.BinWriter, tally: stats.Tally
+    kept: Iterable["Conversation"],
+    source: sources.Source,
+    config: PrepareConfig,
+    writer: bins.BinWriter,
+    tally: stats.Tally,
+    split_by: str,
 ) -> None:
-    """Read the source to its end into the writer: each usable conversation once, as a document."""
+    """Read the source to its end into the writer, each conversation as a document of its split."""
     started = time.monotonic()
-    with (
-        Rejects(config.rejects, tally) as rejects,
-        tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar,
-    ):
-        usable = usable_conversations(source, config, rejects, tally)
-        kept = unique_conversations(usable, config, rejects, tally)
+    with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar:
         for batch, documents in encoded(kept, config.num_threads):
-            for (turns, names, _), (ids, mask) in zip(batch, documents, strict=True):
-                first_user_turn = next(text for role, text in turns if role == "user")
-                split = splits.split_of(first_user_turn, config.val_fraction, config.seed)
+            for (turns, names, place), (ids, mask) in zip(batch, documents, strict=True):
+                asked = [text for role, text in turns if role in ("user", tokenizer.TEXT)]
+                key = asked[0] if split_by == "first user turn" else "\n".join(asked)
+                split = splits.split_of(key, config.val_fraction, config.seed)
                 writer.add(split, ids, mask)
-                tally.count(split, turns, names, mask)
+                tally.count(split, turns, names, place, mask)
             seconds = time.monotonic() - started
             speed = f"{tally.rows_read / seconds:,.0f} rows/s, "
             speed += f"{tally.n_tokens / seconds:,.0f} tokens/s"
             bar.set_postfix_str(speed, refresh=False)
             bar.update(source.position - bar.n)
         bar.update(source.position - bar.n)
+    tally.unused += source.unread
 
 
 class Conversation(NamedTuple):
@@ -134,25 +192,35 @@ class Conversation(NamedTuple):
 
     turns: list[tokenizer.Turn]
     names: tuple[str, str]  # source and category
-    place: tuple[str, int]  # file and row
+    place: tuple[int, int]  # the part's number, and the row's in it
 
 
 class Rejects:
     """The rows that are left out: counted by reason, and a JSON line each where it is asked for.
 
-    The file is put in its place after a failure, too: it may tell why.
+    The file is put in its place after a failure, too: it may tell why. It replaces none but an
+    earlier one of its kind.
     """
 
-    def __init__(self, path: str, tally: stats.Tally):
-        self._tally = tally
-        self._path, self._partial = path, f"{path}.partial"
-        self._file = open(self._partial, "w", encoding="utf-8") if path else None
+    def __init__(self, path: str, source: sources.Source, tally: stats.Tally):
+        self._parts, self._tally, self._path, self._file = source.parts, tally, path, None
+        if not path:
+            return
+        if os.path.lexists(path) and not is_rejects(Path(path)):
+            raise UserError(f"--rejects={path} is there, and is no file of rejects; name a new one")
+        files = [part.path for part in source.parts if part.path]
+        if os.path.exists(path) and any(file.samefile(path) for file in files):
+            raise UserError(f"--rejects={path} is among the sources; name another file")
+        self._partial = temporary(Path(path), "rejects")
+        self._file = open(self._partial, "x", encoding="utf-8")
 
-    def add(self, place: tuple[str, int], reason: str, row: object) -> None:
-        self._tally.dropped[reason] += 1
+    def add(self, place: tuple[int, int], reject: conversations.Reject, row: object) -> None:
+        self._tally.drop(str(reject), reject.reason)
         if self._file:
-            (file, number), words = place, conversations.first_words(row)
-            line = {"file": file, "row": number, "reason": reason, "text": words}
+            words = conversations.first_words(row)
+            file = self._parts[place[0]].name
+            values = (file, place[1], str(reject), words)
+            line = dict(zip(REJECT_KEYS, values, strict=True))
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "Rejects":
@@ -164,19 +232,51 @@ class Rejects:
             os.replace(self._partial, self._path)
 
 
-def usable_conversations(
-    source: sources.Source, config: PrepareConfig, rejects: Rejects, tally: stats.Tally
+REJECT_KEYS = ("file", "row", "reason", "text")
+
+
+def is_rejects(path: Path) -> bool:
+    """Whether a file is one that Rejects wrote: empty, or its first line has its keys."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        line = file.readline(1 << 16)
+    try:
+        return not line or tuple(json.loads(line)) == REJECT_KEYS
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def kept_conversations(
+    source: sources.Source,
+    columns: conversations.Columns,
+    config: PrepareConfig,
+    rejects: Rejects,
+    tally: stats.Tally,
 ) -> Iterator[Conversation]:
-    """What the selected rows hold; a row that holds no conversation is counted, and left out."""
+    """Those of the selected rows, each once."""
+    usable = usable_conversations(source, columns, config, rejects, tally)
+    return unique_conversations(usable, config, rejects, tally)
+
+
+def usable_conversations(
+    source: sources.Source,
+    columns: conversations.Columns,
+    config: PrepareConfig,
+    rejects: Rejects,
+    tally: stats.Tally,
+) -> Iterator[Conversation]:
+    """What the selected rows hold; a row that holds nothing usable is counted, and left out."""
     for row in selected_rows(source, config):
         tally.see(row)
-        place = (source.part.name, source.row)
+        place, unused = (source.part.number, source.row), set()
         try:
-            turns = conversations.conversation(row)
+            turns = conversations.conversation(row, columns, unused)
         except conversations.Reject as reject:
-            rejects.add(place, str(reject), row)
+            rejects.add(place, reject, row)
         else:
-            yield Conversation(turns, conversations.names_of(row), place)
+            tally.unused.update(unused)
+            yield Conversation(turns, conversations.names_of(row, source.part.name, columns), place)
 
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
@@ -216,7 +316,8 @@ def unique_conversations(
             tally.troubles.update(troubles)
             reasons = [name for name in troubles if name in dropped]
         if reasons:
-            rejects.add(conversation.place, reasons[0], conversation.turns[0][1])
+            reject = conversations.Reject(reasons[0])
+            rejects.add(conversation.place, reject, conversation.turns[0][1])
         else:
             yield conversation
 
@@ -249,21 +350,56 @@ def encoded(
             yield batch, documents.result()
 
 
-def check_usable(tally: stats.Tally, config: PrepareConfig) -> None:
+def choose(
+    config: PrepareConfig, source: sources.Source, rejects: Rejects, tally: stats.Tally
+) -> None:
+    """Leave out documents until the sources' training tokens are as --weights says."""
+    if not config.weights:
+        return
+    tokens, split, part, row = map(tally.column, ("tokens", "split", "part", "row"))
+    group = np.array([part.source for part in source.parts])[part]
+    chosen = stats.weighted_choice(config.shares(), group, tokens, split, config.seed)
+    left_out = conversations.Reject("left out by --weights")
+    for place in zip(part[~chosen].tolist(), row[~chosen].tolist(), strict=True):
+        rejects.add(place, left_out, left_out)
+    tally.chosen = chosen
+    sums = np.bincount(group, tokens * chosen * (split == 0), len(config.source))
+    tally.weighted = [
+        {"source": name, "wanted": wanted, "share": n / max(1, sums.sum())}
+        for name, wanted, n in zip(config.source, config.shares(), sums.tolist(), strict=True)
+    ]
+
+
+def check_usable(
+    source: sources.Source,
+    columns: conversations.Columns,
+    tally: stats.Tally,
+    config: PrepareConfig,
+    split_by: str,
+) -> None:
     """Refuse to write empty bins, and say what the rows are like where none was understood."""
+    found = [name for name, _ in (tally.columns + source.unread).most_common(20)]
+    rows_said = f"Columns found: {', '.join(found) or 'none'}"
+    if missing := conversations.named(columns) - tally.column_names - {*source.unread}:
+        raise UserError(
+            f"--columns={config.columns}: no row has {', '.join(missing)}\n  {rows_said}"
+        )
     if not tally.n_tokens:
-        columns = ", ".join(name for name, _ in tally.columns.most_common(20)) or "none"
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
             f"no usable row in {', '.join(config.source)} ({tally.rows_read} read; "
-            f"{reasons or 'empty'})\n  Columns found: {columns}\n  Wanted: conversations "
-            "(from/value), messages (role/content), or instruction, input and output"
+            f"{reasons or 'empty'})\n  {rows_said}\n  Wanted: conversations (from/value), messages "
+            "(role/content), instruction and output, prompt and completion, text, or as you say: "
+            "--columns=user=QUESTION,assistant=REPLY"
         )
-    for split, counts in tally.splits.items():
+    for split, counts in tally.splits().items():
         if not counts["documents"]:
+            if split_by == "first user turn" and tally.n_documents > 1 and tally.begins_alike:
+                raise OneFirstTurn
+            mend = "" if tally.n_documents > 9 else "; --document_separator parts a text"
             raise UserError(
-                f"no document fell to {split} of {tally.splits}; another --val_fraction or --seed "
-                f"than {config.val_fraction} and {config.seed} will mend it"
+                f"no document of {tally.n_documents} fell to {split}; another --val_fraction or "
+                f"--seed than {config.val_fraction} and {config.seed} will mend it{mend}"
             )
 
 
@@ -272,6 +408,7 @@ def description(source: sources.Source, config: PrepareConfig) -> dict:
     return {
         **source.identity,
         **{name: getattr(config, name) for name in RECIPE},
+        "left_out": dict(source.left_out),
         "template": tokenizer.TEMPLATE,
         "special_ids": tokenizer.SPECIAL_IDS,
         "tokenizer": {"ranks_sha256": tokenizer.RANKS_SHA256, "tiktoken": tiktoken.__version__},

@@ -27,6 +27,7 @@ STOP_IDS = (IM_END, END_OF_TEXT)
 TEMPLATE = "chatml"
 
 ROLES = ("system", "user", "assistant")
+TEXT = "text"  # the role of a plain text's one turn, which no mark opens or closes
 RANKS_PATH = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pre-tokenizer (openai/gpt-2, encoder.py).
@@ -69,6 +70,8 @@ def encode_conversations(
 ) -> list[tuple[list[int], list[int]]]:
     """One (ids, mask) for each conversation; the mask is 1 on assistant text and its <|im_end|>.
 
+    A plain text, one turn of the role TEXT, is its own ids and <|endoftext|>, mask 1.
+
     >>> encode_conversations([[("user", "Hi"), ("assistant", "Yo")]])
     [([50257, 7220, 198, 17250, 50258, 198, 50257, 562, 10167, 198, 38101, 50258, 198, 50256],
       [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0])]
@@ -87,11 +90,15 @@ def encode_documents(
     for turns in conversations:
         parts, marks = [], []  # a mark is (length, mask) of each stretch of tokens
         for role, _ in turns:
+            if role == TEXT:
+                parts.append(next(encoded))
+                marks.append((len(parts[-1]), 1))
+                continue
             opening, body = _turn_opening(role), next(encoded)
             parts += (opening, body, closing)
             is_answer = int(role == "assistant")
             marks += ((len(opening), 0), (len(body) + 1, is_answer), (len(closing) - 1, 0))
-        lengths, values = zip(*marks, (1, 0), strict=True)
+        lengths, values = zip(*marks, (1, int(any(role == TEXT for role, _ in turns))), strict=True)
         ids = np.concatenate((*parts, end), dtype=np.uint16, casting="unsafe")  # all below 2**16
         documents.append((ids, np.repeat(np.array(values, dtype=np.uint8), lengths)))
     return documents

@@ -48,13 +48,13 @@ def test_every_conversation_comes_through(tmp_path):
 
 
 def test_counts_add_up(tmp_path, capsys):
-    rows = [*QUESTIONS, QUESTIONS[3], QUESTIONS[3], {"text": "x"}, chat_row("", "y"), [1]]
+    rows = [*QUESTIONS, QUESTIONS[3], QUESTIONS[3], {"txt": "x"}, chat_row("", "y"), [1]]
     meta = run(tmp_path, rows)
     assert meta["rows_read"] == 105 and meta["rows_kept"] == 100
     assert meta["rows_dropped"] == {
         "exact duplicate": 2,
-        "no conversations, messages or instruction": 1,
-        "empty turn": 1,
+        "no known column": 1,
+        "empty turn: user": 1,
         "row is not an object": 1,
     }
     assert meta["rows_read"] == meta["rows_kept"] + sum(meta["rows_dropped"].values())
@@ -77,9 +77,11 @@ def test_meta_vouches_for_the_files(tmp_path):
     source = (tmp_path / "rows.jsonl").read_bytes()
     assert meta["sha256"] == hashlib.sha256(source).hexdigest()
     assert set(meta["files"]) == {"train.bin", "train_mask.bin", "val.bin", "val_mask.bin"}
+    assert set(meta["label_files"]) == {"train_sources.bin", "val_sources.bin"}
+    files = meta["files"] | meta["label_files"]
     for name, content in tiny_bins(tmp_path / "data").items():
         wanted = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        assert meta["files"][name] == wanted
+        assert files[name] == wanted
     assert meta["special_ids"] == {
         "<|endoftext|>": 50256,
         "<|im_start|>": 50257,
@@ -87,7 +89,7 @@ def test_meta_vouches_for_the_files(tmp_path):
     }
     assert (meta["seed"], meta["template"], meta["vocab_size"]) == (42, "chatml", 50_304)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(
-        [*meta["files"], "meta.json"]
+        [*files, "meta.json"]
     )
 
 
@@ -145,17 +147,17 @@ def test_max_rows_of_more_than_there_are_takes_all(tmp_path):
 
 
 def test_no_usable_row_shows_the_columns(tmp_path):
-    rows = [{"text": "x", "title": "y", "nothing": None}, {"text": "z"}]
+    rows = [{"txt": "x", "title": "y", "nothing": None}, {"txt": "z"}]
     with pytest.raises(UserError) as error:
         run(tmp_path, rows)
     said = str(error.value)
     assert said.startswith("no usable row in ")
-    assert "rows.jsonl (2 read; no conversations, messages or instruction: 2)" in said
-    assert "Columns found: text, title\n" in said and "Wanted: conversations (from/value)" in said
+    assert "rows.jsonl (2 read; no known column: 2)" in said
+    assert "Columns found: txt, title\n" in said and "Wanted: conversations (from/value)" in said
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no document fell to val .*--val_fraction or --seed"):
+    with pytest.raises(UserError, match="no document of 2 fell to val; .*--val_fraction or --seed"):
         run(tmp_path, QUESTIONS[:2], val_fraction=1e-9)
 
 
@@ -163,7 +165,7 @@ def test_a_failure_leaves_the_old_bins(tmp_path):
     run(tmp_path, QUESTIONS)
     before = tiny_bins(tmp_path / "data")
     with pytest.raises(UserError):
-        run(tmp_path, [{"text": "x"}])
+        run(tmp_path, [{"txt": "x"}])
     assert tiny_bins(tmp_path / "data") == before
     assert bins.Split(str(tmp_path / "data"), "train").n_tokens > 0
     assert not (tmp_path / "data" / ".partial").exists()
@@ -202,7 +204,7 @@ def test_table_reads_meta(tmp_path):
 
 
 def test_rejects_have_their_place_reason_and_first_words(tmp_path):
-    rows = [*QUESTIONS, QUESTIONS[3], {"text": "none here"}, chat_row("Q", " "), [1]]
+    rows = [*QUESTIONS, QUESTIONS[3], {"txt": "none here"}, chat_row("Q", " "), [1]]
     path = tmp_path / "rejects.jsonl"
     meta = run(tmp_path, rows, rejects=str(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -213,9 +215,9 @@ def test_rejects_have_their_place_reason_and_first_words(tmp_path):
         ("rows.jsonl", 103, "Q"),
         ("rows.jsonl", 104, ""),
     ]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".rejects-*"))
     with pytest.raises(UserError, match="no usable row"):
-        run(tmp_path, [{"text": "x"}], rejects=str(path))
+        run(tmp_path, [{"txt": "x"}], rejects=str(path))
     assert len(path.read_text().splitlines()) == 1  # it tells why
 
 
@@ -284,7 +286,7 @@ def test_sources_and_categories_are_counted(tmp_path, capsys):
         "a": 33,
         "b": 33,
         "c": 33,
-        "(not given)": 1,
+        "rows.jsonl": 1,
     }
     n_tokens = sum(counts["tokens"] for counts in meta["splits"].values())
     assert meta["by_category"] == {"(not given)": {"documents": 100, "tokens": n_tokens}}
@@ -348,4 +350,4 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     said = done.stderr.splitlines()[-1]
     assert re.match(r"prepare.py: error: stopped while preparing .*data: .*File too large", said)
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()

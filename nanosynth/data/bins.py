@@ -1,18 +1,20 @@
 """The bin format: writing it, checking it, reading it, and the batch as a pure function.
 
 data/NAME/{train,val}.bin are little-endian uint16 token ids, documents end to end; the uint8
-{train,val}_mask.bin beside them are 1 on assistant tokens. meta.json comes last: a folder that has
-it is complete. Reads are positioned reads, not memory maps: a file shortened under a run is an
-error with its place, not a SIGBUS, and resident memory stays flat.
+{train,val}_mask.bin beside them are 1 on assistant tokens, {train,val}_sources.bin number each
+document's source and category. meta.json comes last: a folder that has it is complete. Reads are
+positioned reads, not memory maps: a file shortened under a run is an error with its place, not a
+SIGBUS, and resident memory stays flat.
 """
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,31 +24,58 @@ import torch
 from torch import Tensor
 
 from nanosynth import UserError
-from nanosynth.files import HashedFile, sync, write_atomically
+from nanosynth.files import HashedFile, lock, sync, write_atomically
 from nanosynth.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
-EXTRAS = ("stats.png",)  # may stand beside them
 FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
+LABELS = ("train_sources.bin", "val_sources.bin")  # of each document its numbers, uint16
+PICTURE = "stats.png"  # may stand beside them
+OUR_MARK = "nanosynth prepare.py"  # in the picture's file
+CHECKED = ".checked.json"  # what a start found whole, so that the next need not read it all
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a bin that looks unchanged
 
 
 class BinWriter:
     """Collects documents of both splits in reading order, shuffles and publishes them.
 
-    As a context it removes on leaving, whatever happened, what was not published.
+    As a context it removes on leaving, whatever happened, what was not published. It holds the
+    folder's lock, and refuses to touch what another has put there.
     """
 
-    def __init__(self, data_dir: str):
+    def __init__(self, data_dir: str, *, has_picture: bool = False):
         self.data_dir = Path(data_dir)
         self.partial = self.data_dir / ".partial"
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self._is_new = not self.data_dir.exists()
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(lock(self.data_dir))
+        try:
+            self._clear(has_picture)
+        except BaseException:
+            self._stack.close()
+            raise
         self._spools = {
             name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20) for name in FILES
         }
         self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
         self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
+
+    def _clear(self, has_picture: bool) -> None:
+        """Make `partial` anew: what a killed run left there is ours by its names."""
+        picture = self.data_dir / PICTURE
+        self._owns_picture = not picture.exists() or is_our_picture(picture)
+        if has_picture and not self._owns_picture:
+            raise UserError(f"{picture} is not of prepare.py; move it, or say --picture=False")
+        if os.path.lexists(self.partial):
+            spools = [f"{name}.spool" for name in FILES]
+            ours = {*FILES, *spools, *LABELS, PICTURE}
+            is_folder = self.partial.is_dir() and not self.partial.is_symlink()
+            if not is_folder or set(os.listdir(self.partial)) - ours:
+                raise UserError(f"{self.partial} is not of prepare.py; move it away")
+            shutil.rmtree(self.partial)
+        self.partial.mkdir()
 
     def add(self, split: str, ids: Sequence[int], mask: Sequence[int]) -> None:
         """One document. An id past 65,535 raises instead of wrapping round."""
@@ -56,14 +85,29 @@ class BinWriter:
         self._spools[f"{split}_mask.bin"].write(bytes(mask))
         self.lengths[split].append(len(ids))
 
-    def shuffle(self, seed: int) -> None:
-        """Write the bins, still unpublished, in a seeded random order of documents."""
+    def shuffle(
+        self,
+        seed: int,
+        chosen: Mapping[str, np.ndarray] | None = None,
+        labels: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Write the bins, still unpublished, in a seeded random order of documents.
+
+        Of each split: `chosen`, (documents,) bool, leaves some out; `labels`, (documents, columns),
+        are written in the same order.
+        """
         for split in SPLITS:
             lengths = np.frombuffer(self.lengths[split], dtype=np.int64)
             order = np.random.default_rng(seed).permutation(len(lengths))
+            if chosen:
+                order = order[chosen[split][order]]
             starts = np.cumsum(lengths) - lengths
             for name, itemsize in ((f"{split}.bin", 2), (f"{split}_mask.bin", 1)):
                 self._write_shuffled(name, starts[order] * itemsize, lengths[order] * itemsize)
+            if labels:
+                with HashedFile(self.partial / f"{split}_sources.bin") as file:
+                    file.write(labels[split][order].astype("<u2").tobytes())
+                self._files[f"{split}_sources.bin"] = file.summary()
 
     def _write_shuffled(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> None:
         spool = self._spools[name]
@@ -79,7 +123,8 @@ class BinWriter:
         self._files[name] = file.summary()
 
     def publish(self, meta: dict) -> None:
-        """Put the bins in their place, with those EXTRAS that stand in `partial`, then meta.json.
+        """Put the bins in their place, with the picture where one stands in `partial`, then
+        meta.json.
 
         The old meta.json goes first: never does one vouch for a mix of old and new.
         """
@@ -87,13 +132,15 @@ class BinWriter:
             "format_version": FORMAT_VERSION,
             **meta,
             "vocab_size": VOCAB_SIZE,
-            "files": self._files,
+            "files": {name: self._files[name] for name in FILES},
+            "label_files": {name: self._files[name] for name in LABELS if name in self._files},
         }
-        for name in ("meta.json", *EXTRAS):
+        old = [*([PICTURE] if self._owns_picture else []), "meta.json", CHECKED, *LABELS]
+        for name in old:
             (self.data_dir / name).unlink(missing_ok=True)
         sync(self.data_dir)
-        extras = (name for name in EXTRAS if (self.partial / name).is_file())
-        for name in (*self._files, *extras):
+        has_picture = (self.partial / PICTURE).is_file()
+        for name in (*self._files, *([PICTURE] if has_picture else [])):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
@@ -106,6 +153,24 @@ class BinWriter:
             with contextlib.suppress(OSError):  # its last bytes, to a full disk
                 spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._stack.close()
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.data_dir.rmdir()
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether prepare.py drew it: it says so in the file. Version 0.1.0 did not, nor had it labels,
+    but a picture beside its meta.json is its own.
+    """
+    with open(path, "rb") as file:
+        if OUR_MARK.encode() in file.read(1024):
+            return True
+    try:
+        meta = json.loads((path.parent / "meta.json").read_text())
+        return "format_version" in meta and "label_files" not in meta
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_meta(data_dir: str) -> dict:
@@ -139,16 +204,53 @@ def read_meta(data_dir: str) -> dict:
     return meta
 
 
+def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
+    """Refuse bins whose content is not what meta.json says, by SHA-256.
+
+    All is read where `always`, and where size, time or a sample are not those that were found the
+    last time; where the folder cannot be written to, that is each time.
+    """
+    try:
+        known = dict(json.loads((folder / CHECKED).read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    found = {}
+    for name, entry in files.items():
+        path = folder / name
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            look = [status.st_mtime_ns, _sample(file.fileno(), status.st_size), entry["sha256"]]
+            if always or known.get(name) != look:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                if sha256 != entry["sha256"]:
+                    raise UserError(f"{path} has changed since it was prepared; prepare it again")
+        found[name] = look
+    if not found.items() <= known.items():
+        with contextlib.suppress(OSError):
+            write_atomically(folder / CHECKED, json.dumps(known | found))
+
+
+def _sample(descriptor: int, size: int) -> str:
+    """A hash of some bytes from all over a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for offset in np.linspace(0, max(0, size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
+        digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
+    return digest.hexdigest()
+
+
 class Split:
     """The tokens and mask of one split, read in place."""
 
-    def __init__(self, data_dir: str, split: str):
+    def __init__(self, data_dir: str, split: str, *, verify: bool = False):
+        """`verify`: read all of it, and compare its SHA-256, even where it looks unchanged."""
         self.meta = read_meta(data_dir)
         self.path = Path(data_dir) / f"{split}.bin"
-        self.sha256 = self.meta["files"][self.path.name]["sha256"]
-        self.n_tokens = self.meta["files"][self.path.name]["bytes"] // 2
-        self._ids = os.open(self.path, os.O_RDONLY)
         self._mask_path = Path(data_dir) / f"{split}_mask.bin"
+        files = {path.name: self.meta["files"][path.name] for path in (self.path, self._mask_path)}
+        _check_whole(self.path.parent, files, always=verify)
+        self.sha256 = files[self.path.name]["sha256"]
+        self.n_tokens = files[self.path.name]["bytes"] // 2
+        self._ids = os.open(self.path, os.O_RDONLY)
         self._mask = os.open(self._mask_path, os.O_RDONLY)
 
     def ids(self, start: int, count: int) -> np.ndarray:
@@ -163,7 +265,11 @@ class Split:
     def mask(self, start: int, count: int) -> np.ndarray:
         """(count,) uint8, 1 on assistant tokens."""
         data = self._pread(self._mask_path, self._mask, start, count)
-        return np.frombuffer(data, dtype=np.uint8)
+        mask = np.frombuffer(data, dtype=np.uint8)
+        if mask.size and mask.max() > 1:
+            place = start + int(mask.argmax())
+            raise UserError(f"{self._mask_path}: {mask.max()} at token {place}; prepare it again")
+        return mask
 
     def _pread(self, path: Path, descriptor: int, offset: int, n_bytes: int) -> bytes:
         data = os.pread(descriptor, n_bytes, offset)
@@ -181,13 +287,35 @@ class Split:
         ends = np.flatnonzero(ids == END_OF_TEXT) + 1
         return zip(np.split(ids, ends)[:-1], np.split(mask, ends)[:-1], strict=True)
 
+    def labels(self) -> dict[str, tuple[list[str], np.ndarray]]:
+        """'source' and 'category': the names there are, and each document's number among them,
+        (documents,) uint16. Empty of bins that do not say it.
+        """
+        path = self.path.with_name(f"{self.path.stem}_sources.bin")
+        entry = self.meta.get("label_files", {}).get(path.name)
+        if not entry:
+            return {}
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; prepare it again") from None
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise UserError(f"{path} has changed since it was prepared; prepare it again")
+        names = self.meta["label_names"]
+        numbers = np.frombuffer(data, dtype="<u2").reshape(-1, len(names))
+        return {use: (names[use], numbers[:, place]) for place, use in enumerate(names)}
+
 
 def prompts_and_answers(ids: np.ndarray, mask: np.ndarray) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) ids of each assistant turn of a document; an answer ends with <|im_end|>."""
+    """(prompt, answer) ids of each assistant turn of a document; an answer ends with <|im_end|>.
+
+    A plain text has none: nothing stands before it.
+    """
     edges = np.flatnonzero(np.diff(np.concatenate(([0], mask, [0])).astype(np.int8)))
     return [
         (ids[:start].tolist(), ids[start:end].tolist())
         for start, end in zip(edges[::2], edges[1::2], strict=True)
+        if start
     ]
 
 

@@ -1,124 +1,282 @@
-"""What conversation a row holds, or the reason why it holds none, and the troubles it is known for.
+"""What a row holds, in one normal form, or the reason why it holds nothing, and known troubles.
 
-No files and no tokens here: a row is what a reader of sources.py yields.
+The normal form is a list of turns: an optional system turn, then user and assistant in alternation;
+or, of a plain text, one turn of the role 'text'. COLUMNS and ROLES are all that is known of the
+forms that rows come in. No files and no tokens here: a row is what a reader of sources.py yields.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from nanosynth.tokenizer import Turn, is_unicode
+from nanosynth import UserError
+from nanosynth.tokenizer import TEXT, Turn, is_unicode
 
-TEXT_COLUMNS = ("conversations", "messages", "instruction", "value", "content")
+Columns = Mapping[str, Sequence[str]]
+
+# What a column is used for, and the names it goes by; the first that holds something is taken.
+COLUMNS: Columns = {
+    "turns": ("conversations", "messages", "conversation"),  # a list of turns, or of pairs
+    "system": ("system", "system_prompt"),
+    "history": ("history",),  # turns or pairs before the row's own
+    "user": ("instruction", "prompt", "question", "query"),
+    "input": ("input", "context"),  # below the question, or the question itself where it is alone
+    "assistant": ("output", "response", "completion", "answer", "chosen"),
+    "text": ("text",),  # a document without turns
+    "role": ("from", "role"),  # within a turn
+    "content": ("value", "content", "text"),  # within a turn
+    "source": ("source",),
+    "category": ("category",),
+}
+# A row has one of these; --columns that names a part of one leaves the others out.
+FORMS = (("turns",), ("user", "assistant"), ("text",))
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        "assistant gpt chatgpt bing bard claude gemini model bot ai".split(), "assistant"
+    ),
+}
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of content
 MOST_SPACES = 900_000  # in a row; tiktoken's regex panics at 1,000,000
 UNNAMED = "(not given)"
-
-ROLE_NAMES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+_TEXT_USES = ("turns", "user", "input", "content")  # where a row's first words stand
+_TYPES = {str: "text", bool: "a boolean", list: "a list", dict: "an object"}  # else a number
 
 
 class Reject(Exception):
-    """A row that holds no usable conversation; the text is the reason it is counted under.
+    """A row that holds nothing usable: the reason, and the name of the role, type or column at
+    fault.
 
     A reader yields one in a row's place where it could not read the row; `words` is what it saw.
     """
 
-    def __init__(self, reason: str, words: str = ""):
-        super().__init__(reason)
-        self.words = words
+    def __init__(self, reason: str, name: str = "", words: str = ""):
+        super().__init__(f"{reason}: {name[:60]}" if name else reason)
+        self.reason, self.words = reason, words
 
 
-def conversation(row: object) -> list[Turn]:
-    """The turns of one row: an optional system turn, then user and assistant in alternation.
+class PlainText(str):
+    """A row that is a text itself, of a file without columns."""
 
-    Takes `conversations` (from/value), `messages` (role/content) and instruction rows. Keys may be
-    missing or null: OpenHermes leaves out most columns. An empty system turn is no turn.
+
+def named_columns(text: str) -> Columns:
+    """COLUMNS as --columns changes them, 'user=question,assistant=reply'; 'system=': none."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    named = {use.strip(): (column.strip(),) if column.strip() else () for use, _, column in pairs}
+    if not all(equals for _, equals, _ in pairs) or not named.keys() <= COLUMNS.keys():
+        uses = ", ".join(COLUMNS)
+        raise UserError(f"--columns={text}; wanted USE=COLUMN,USE=COLUMN of the uses {uses}")
+    chosen = [form for form in FORMS if any(named.get(use) for use in form)]
+    left_out = {use for form in FORMS if chosen and form not in chosen for use in form}
+    return {**COLUMNS, **dict.fromkeys(left_out, ()), **named}
+
+
+def named(columns: Columns) -> set[str]:
+    """The columns of rows that are not among the known ones."""
+    uses = columns.keys() - {"role", "content"}
+    return {name for use in uses for name in columns[use] if name not in COLUMNS[use]}
+
+
+def conversation(
+    row: object, columns: Columns = COLUMNS, unused: set[str] | None = None
+) -> list[Turn]:
+    """The turns of one row. `unused` takes the names of its columns that hold text in vain.
+
+    An empty value is as absent as a missing key: merged tables have every column, mostly empty.
     """
     if isinstance(row, Reject):
         raise row
-    if not isinstance(row, dict):
-        raise Reject("row is not an object")
-    listed = _first(row, "conversations", "messages")
-    if listed is not None:
-        turns = _listed_turns(listed)
-    elif row.get("instruction") is not None:
-        turns = _instruction_turns(row)
+    if isinstance(row, PlainText):
+        turns = [(TEXT, str(row))]
+    elif isinstance(row, dict):
+        turns = _Row(row, columns).turns(unused)
     else:
-        raise Reject("no conversations, messages or instruction")
-    if turns and turns[0][0] == "system" and not turns[0][1].strip():
-        turns = turns[1:]
+        raise Reject("row is not an object")
     _check_turns(turns)
     return turns
 
 
-def _first(row: dict, *keys: str) -> object:
-    """The first value that is not null; merged tables have every column, mostly empty."""
-    return next((row[key] for key in keys if row.get(key) is not None), None)
+def _is_absent(value: object) -> bool:
+    return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
 
 
-def _listed_turns(listed: object) -> list[Turn]:
-    if not isinstance(listed, list):
-        raise Reject("turns are not a list")
-    turns = []
-    for turn in listed:
-        if not isinstance(turn, dict):
-            raise Reject("turn is not an object")
-        role, text = _first(turn, "from", "role"), _first(turn, "value", "content")
-        if not isinstance(role, str) or role not in ROLE_NAMES:
-            raise Reject("unknown role")
+class _Row:
+    """An object, the columns of it that were taken, and what its turns held in vain."""
+
+    def __init__(self, row: dict, columns: Columns):
+        self._row, self._columns = row, columns
+        self._taken: set[str] = set()
+        self._unused: set[str] = set()
+
+    def _take(self, use: str) -> tuple[str, object]:
+        """(name, value) of the first column of this use that holds something, or ('', None)."""
+        for name in self._columns[use]:
+            if not _is_absent(value := self._row.get(name)):
+                self._taken.add(name)
+                return name, value
+        return "", None
+
+    def turns(self, unused: set[str] | None = None) -> list[Turn]:
+        body = self._body()
+        opening, body = (body[:1], body[1:]) if body and body[0][0] == "system" else ([], body)
+        name, system = self._take("system") if not body or body[0][0] != TEXT else ("", None)
+        if opening and opening[0][1].strip():
+            if system is not None and system != opening[0][1]:
+                self._taken.discard(name)
+        else:
+            opening = [("system", _text(system, name))] if name else []
+        if unused is not None:
+            unused |= self._unused | {
+                name
+                for name, value in self._row.items()
+                if name not in self._taken and _holds_text(value)
+            } - {*self._columns["source"], *self._columns["category"]}
+        return opening + body
+
+    def _body(self) -> list[Turn]:
+        """The turns of the first form that the row has."""
+        name, listed = self._take("turns")
+        body = self._listed(listed, name) if name else self.pair()
+        if body:
+            n_systems = int(body[0][0] == "system")
+            return body[:n_systems] + self._history() + body[n_systems:]
+        name, text = self._take("text")
+        if not name:
+            raise Reject("no known column")
+        return [(TEXT, _text(text, name))]
+
+    def _history(self) -> list[Turn]:
+        name, listed = self._take("history")
+        return self._listed(listed, name) if name else []
+
+    def pair(self) -> list[Turn]:
+        """A question, with what stands below it, and its answer; each may be a list of turns."""
+        asked, below, answered = map(self._take, ("user", "input", "assistant"))
+        if not (asked[0] or below[0] or answered[0]):
+            return []
+        if not answered[0]:
+            raise Reject("no answer", f"to {asked[0] or below[0]}")
+        answer = self._turns_of("assistant", *answered)
+        if answer[0][0] != "assistant":  # the whole conversation, the question in it
+            self._taken -= {name for name, value in (asked, below) if ("user", value) not in answer}
+            return answer
+        if self._is_turns(asked[1]):
+            self._taken -= {below[0]}
+            return self._listed(asked[1], asked[0]) + answer
+        parts = [_text(value, name) for name, value in (asked, below) if name]
+        if not parts:
+            raise Reject("no question", f"of {answered[0]}")
+        return [("user", "\n\n".join(parts)), *answer]
+
+    def _turns_of(self, role: str, name: str, value: object) -> list[Turn]:
+        """A list of turns as it is, or a text as the turn of this role."""
+        return self._listed(value, name) if self._is_turns(value) else [(role, _text(value, name))]
+
+    def _is_turns(self, value: object) -> bool:
+        first = value[0] if isinstance(value, list) and value else None
+        return isinstance(first, dict) and any(first.get(key) for key in self._columns["role"])
+
+    def _listed(self, listed: object, name: str) -> list[Turn]:
+        if not isinstance(listed, list):
+            raise Reject("not a list of turns", f"{name} is {_type(listed)}")
+        turns = []
+        for item in listed:
+            if isinstance(item, dict):
+                turn = _Row(item, self._columns)
+                turns += turn._turn(name)
+                if len(turn._taken) < len(item):
+                    left = item.keys() - turn._taken
+                    self._unused |= {f"{name}.{key}" for key in left if _holds_text(item[key])}
+            elif isinstance(item, list) and len(item) == 2:
+                roles = ("user", "assistant")
+                turns += [(role, _text(text, name)) for role, text in zip(roles, item, strict=True)]
+            else:
+                raise Reject("turn is not an object", f"{_type(item)} in {name}")
+        return turns
+
+    def _turn(self, name: str) -> list[Turn]:
+        """One turn of a role, or two of a pair."""
+        _, role = self._take("role")
+        if role is None:
+            if pair := self.pair():
+                return pair
+            raise Reject("turn without a role")
+        known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+        if not known:
+            raise Reject("unknown role", role if isinstance(role, str) else _type(role))
+        key, content = self._take("content")
+        return [(known, _text(content, f"{name}.{key}"))]
+
+
+def _type(value: object) -> str:
+    return "null" if value is None else _TYPES.get(type(value), "a number")
+
+
+def _text(value: object, name: str) -> str:
+    """A text, or the text parts of a list of content, joined."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise Reject("not text", f"{name} is {_type(value)}")
+    texts = []
+    for part in value:
+        kind = part.get("type") or TEXT_PARTS[0] if isinstance(part, dict) else ""
+        if kind and kind not in TEXT_PARTS:
+            raise Reject("content is not text", f"type {kind}")
+        text = (part.get("text") or "") if kind else None
         if not isinstance(text, str):
-            raise Reject("turn without text")
-        turns.append((ROLE_NAMES[role], text))
-    return turns
+            raise Reject("not text", f"{name} is a list")  # perhaps of several answers
+        texts.append(text)
+    return "".join(texts)
 
 
-def _instruction_turns(row: dict) -> list[Turn]:
-    """Alpaca's columns: instruction, an optional input below it, and output or response."""
-    parts = [row["instruction"], row.get("input") or "", _first(row, "output", "response")]
-    parts.append(row.get("system_prompt") or "")
-    if not all(isinstance(part, str) for part in parts):
-        raise Reject("turn without text")
-    instruction, addition, answer, system = parts
-    question = f"{instruction}\n\n{addition}" if addition.strip() else instruction
-    return [("system", system), ("user", question), ("assistant", answer)]
+def _holds_text(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list | dict) and next(_texts(value, depth=4), None) is not None
 
 
 def _check_turns(turns: list[Turn]) -> None:
     body = turns[1:] if turns and turns[0][0] == "system" else turns
     if not body:
         raise Reject("no turns")
-    if body[0][0] != "user":
+    if body[0][0] not in ("user", TEXT):
         raise Reject("does not begin with the user")
-    for (role, text), wanted in zip(body, ["user", "assistant"] * len(body), strict=False):
+    order = ["user", "assistant"] * len(body) if body[0][0] == "user" else [TEXT]
+    for (role, text), wanted in zip(body, order, strict=False):
         if role != wanted:
             raise Reject("turns do not alternate")
         if not text.strip():
-            raise Reject("empty turn")
-    if body[-1][0] != "assistant":
+            raise Reject("empty turn", role)
+    if body[-1][0] == "user":
         raise Reject("does not end with an answer")
     for _, text in turns:
         if not is_unicode(text):
-            raise Reject("text is not valid Unicode")
+            raise _not_unicode(text)
         if len(text) >= MOST_SPACES:
             runs = (len(run[0]) for run in re.finditer(r"\s+", text))
             if max(runs, default=0) >= MOST_SPACES:
                 raise Reject("spaces without end")
 
 
-def names_of(row: object) -> tuple[str, str]:
-    """A row's source and category, as far as it tells; their first 80 characters."""
+def _not_unicode(text: str) -> Reject:
+    """Readers take a byte that is not UTF-8 for a lone surrogate of U+DC80 to U+DCFF."""
+    if re.search("[\ud800-\udc7f\udd00-\udfff]", text):
+        return Reject("text is not valid Unicode", "a lone surrogate")
+    return Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
+
+
+def names_of(row: object, file: str, columns: Columns = COLUMNS) -> tuple[str, str]:
+    """A row's source and category, their first 80 characters; the file stands for a source that
+    is not given.
+    """
     named = row if isinstance(row, dict) else {}
-    source, category = (
-        value[:80].encode("utf-8", "replace").decode()
-        if isinstance(value, str) and value.strip()
-        else UNNAMED
-        for value in (named.get("source"), named.get("category"))
-    )
-    return source, category
+    found = []
+    for use, otherwise in (("source", file), ("category", UNNAMED)):
+        values = [named.get(name) for name in columns[use]]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        found.append((texts or [otherwise])[0][:80].encode("utf-8", "replace").decode())
+    return found[0], found[1]
 
 
 def first_words(row: object, limit: int = 120) -> str:
@@ -135,8 +293,8 @@ def _texts(value: object, depth: int) -> Iterator[str]:
         for item in value:
             yield from _texts(item, depth - 1)
     elif isinstance(value, dict) and depth:
-        known = [key for key in TEXT_COLUMNS if key in value]
-        others = (key for key in value if key not in known and key not in ("from", "role"))
+        known = [key for use in _TEXT_USES for key in COLUMNS[use] if key in value]
+        others = (key for key in value if key not in known and key not in COLUMNS["role"])
         for key in (*known, *others):
             yield from _texts(value[key], depth - 1)
 

@@ -1,4 +1,4 @@
-"""The items of a JSON array of any size, one at a time, by the standard library's own parser.
+"""The items of a JSON array, or values that follow one another, by the standard library's parser.
 
 The parser is given a window of the text that grows until it holds one whole item. By hand, because
 ijson, as fast (250 MB/s), turns a lone surrogate into '?', gives up at a byte order mark and at an
@@ -20,8 +20,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _decode = json.JSONDecoder(parse_int=float).raw_decode
 
 
-class BrokenArray(ValueError):
-    """Not a JSON array: what is wrong, and the byte where."""
+class BrokenJson(ValueError):
+    """Not the JSON that was wanted: what is wrong, and the byte where."""
 
     def __init__(self, message: str, offset: int):
         super().__init__(message)
@@ -46,6 +46,40 @@ def items(file: BinaryIO) -> Iterator[object]:
             window.at += 1
     if window.mark():
         raise window.broken("text after the array's end")
+
+
+def values(file: BinaryIO) -> Iterator[object]:
+    """The values that follow one another in `file`, each with as many lines as it likes."""
+    window = _Window(file)
+    while window.mark():
+        yield window.value()
+
+
+def form_of(head: str) -> str:
+    """How JSON that begins with `head` goes on: as an 'array', as 'values' that take several lines
+    each, or as 'lines', a value each, of which some may be broken.
+    """
+    head = head.lstrip(" \t\r\n\ufeff")
+    line, newline, rest = head.partition("\n")
+    try:
+        json.loads(line, parse_int=float)
+    except (ValueError, RecursionError):
+        if head.startswith("["):
+            return "array"
+        try:
+            json.JSONDecoder().raw_decode(head)
+        except json.JSONDecodeError as error:
+            return "values" if newline and _is_cut(head, error) else "lines"
+        except (ValueError, RecursionError):
+            return "lines"
+        return "values"
+    return "array" if head.startswith("[") and not rest.strip() else "lines"
+
+
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether the parser complains of nothing but the text's end."""
+    rest = len(text) - _SPACE.match(text, error.pos).end()
+    return rest < _CUT_CHARACTERS or error.msg.startswith("Unterminated string")
 
 
 class _Window:
@@ -83,7 +117,7 @@ class _Window:
             try:
                 value, end = _decode(self._text, self.at)
             except json.JSONDecodeError as error:
-                if self._is_whole or not self._is_cut(error):
+                if self._is_whole or not _is_cut(self._text, error):
                     self.at = min(error.pos, len(self._text))
                     raise self.broken(error.msg) from None
             except RecursionError:
@@ -94,11 +128,7 @@ class _Window:
                     return value
             self.more()  # also for '12', which may go on
 
-    def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        rest = len(self._text) - _SPACE.match(self._text, error.pos).end()
-        return rest < _CUT_CHARACTERS or error.msg.startswith("Unterminated string")
-
-    def broken(self, message: str) -> BrokenArray:
+    def broken(self, message: str) -> BrokenJson:
         left = self._text[self.at :].encode("utf-8", "surrogateescape")
         pending = self._decoder.getstate()[0]
-        return BrokenArray(message, self._n_bytes - len(left) - len(pending))
+        return BrokenJson(message, self._n_bytes - len(left) - len(pending))

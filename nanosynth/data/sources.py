@@ -1,24 +1,21 @@
-"""Rows of files, folders and the hub, and what names these very rows.
+"""Where rows come from: files, folders and the hub, and what names these very rows.
 
-A row that cannot be read comes as a Reject in its place: prepare.py counts these. What conversation
-a row holds is told by conversations.py.
+How one file is read is told by formats.py; what a row holds by conversations.py.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import re
-import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from nanosynth import UserError
-from nanosynth.data import json_array
-from nanosynth.data.conversations import Reject
+from nanosynth.data import formats
+from nanosynth.data.conversations import PlainText
+from nanosynth.data.formats import Progress, Reading
 
 OPENHERMES = "teknium/OpenHermes-2.5"
 # The data has one file, unchanged since 2023-11-12; later revisions touch its card alone.
@@ -28,9 +25,12 @@ MAKE_SAMPLE = (
     "python prepare.py --source=data/sample.jsonl --data_dir=data/demo"
 )
 HUB = "https://huggingface.co"
-KINDS = (".json", ".jsonl", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-LONGEST_LINE = 1 << 28  # bytes; a longer one is no JSON line
+# Of hub sets whose default is none, or more than anyone wants: FineWeb's is 45 TB.
+HUB_CONFIGS = {
+    "Salesforce/wikitext": "wikitext-103-raw-v1",
+    "HuggingFaceFW/fineweb": "sample-10BT",
+    "HuggingFaceFW/fineweb-edu": "sample-10BT",
+}
 
 
 @dataclass
@@ -41,8 +41,11 @@ class Part:
     identity: dict  # what names these very rows: source, and its revision or SHA-256
     size: int | None  # in `unit`; None: not known before it was read
     unit: str  # 'B' or 'rows'
-    read: Callable[["Part"], Iterator[object]]
-    position: int = field(default=0, init=False)  # moves up to `size`
+    read: Callable[[Progress], Iterator[object]]
+    path: Path | None = None  # of a file
+    number: int = 0  # among the parts
+    source: int = 0  # the number of its --source
+    progress: Progress = field(default_factory=Progress, init=False)
 
 
 @dataclass
@@ -50,12 +53,15 @@ class Source:
     """All rows, part after part; `rows()` reads anew."""
 
     parts: list[Part]
+    left_out: Counter[str] = field(default_factory=Counter)  # files and folders within folders
     part: Part = field(init=False)  # that the last row came from
     row: int = field(default=0, init=False)  # its number there, from 1
     n_rows: int = field(default=0, init=False)  # of all parts
 
     def __post_init__(self):
         self.part = self.parts[0]
+        for number, part in enumerate(self.parts):
+            part.number = number
         units, sizes = {part.unit for part in self.parts}, [part.size for part in self.parts]
         self._has_one_unit = len(units) == 1
         self.unit = self.part.unit if self._has_one_unit else "rows"
@@ -65,10 +71,10 @@ class Source:
     def rows(self) -> Iterator[object]:
         self.n_rows = 0
         for part in self.parts:
-            part.position = 0
+            part.progress = Progress()
         for part in self.parts:
             self.part, self.row = part, 0
-            for row in part.read(part):
+            for row in part.read(part.progress):
                 self.row += 1
                 self.n_rows += 1
                 yield row
@@ -81,7 +87,14 @@ class Source:
     @property
     def position(self) -> int:
         """How far it was read, in `unit`."""
-        return sum(part.position for part in self.parts) if self._has_one_unit else self.n_rows
+        if not self._has_one_unit:
+            return self.n_rows
+        return sum(part.progress.position for part in self.parts)
+
+    @property
+    def unread(self) -> Counter[str]:
+        """Rows by the name of a column that holds text and was not read."""
+        return sum((part.progress.unread for part in self.parts), Counter())
 
     @property
     def identity(self) -> dict:
@@ -92,181 +105,169 @@ class Source:
         return {"source": names, **alone, "sources": identities}
 
 
-def open_sources(names: Sequence[str], revision: str = "") -> Source:
-    """`names`: each a local file or folder of files, or a hub id 'owner/name'."""
-    parts = [part for name in names for part in _parts(name, revision)]
+def open_sources(
+    names: Sequence[str], revision: str = "", reading: Reading | None = None
+) -> Source:
+    """`names`: each a file, a folder of files, or a hub id, 'owner/name' or 'owner/name:config'."""
+    reading, left_out, parts = reading or Reading(), Counter(), []
+    for number, name in enumerate(names):
+        try:
+            found = _parts(name, revision, reading, left_out)
+        except OSError as error:
+            raise UserError(f"--source={name}: cannot be read: {error}") from None
+        for part in found:
+            part.source = number
+        parts += found
     if not parts:
         raise UserError("no source; wanted --source=FILE, a folder or a hub id")
-    return Source(parts)
+    return Source(parts, left_out)
 
 
-def _parts(name: str, revision: str) -> list[Part]:
+def _parts(name: str, revision: str, reading: Reading, left_out: Counter[str]) -> list[Part]:
     path = Path(name)
     if path.is_file():
-        return [_file(path, path.name)]
+        return [_file(path, path.name, reading)]
     if path.is_dir():
-        return _folder(path)
-    is_local = is_readable(path) or path.parent.is_dir()  # a mistyped name beside other files
-    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _folder(path, reading, left_out)
+    # A file beside others that is mistyped, or a device.
+    is_local = formats.kind_of(path) or path.exists() or path.parent.is_dir()
+    if is_local or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         wanted = f"wanted {_file_kinds()}, a folder or a hub id such as {OPENHERMES}"
         if path.stem == "sample":
             wanted = f"the demo's is made first: {MAKE_SAMPLE}"
         raise UserError(f"no source {name!r}; {wanted}")
-    return [_hub(name, revision)]
+    return [_hub(name, revision, reading)]
 
 
 def _file_kinds() -> str:
-    return f"a {', '.join(KINDS)} file (or one of them with {' or '.join(COMPRESSIONS)})"
+    return f"a {', '.join(formats.KINDS)} file ({', '.join(formats.COMPRESSED)} too)"
 
 
-def is_readable(path: Path) -> bool:
-    """Whether a file's name tells of a kind that can be read."""
-    suffixes = path.suffixes[-2:]
-    plain = suffixes[:-1] if suffixes and suffixes[-1] in COMPRESSIONS else suffixes
-    return bool(plain) and plain[-1] in KINDS
-
-
-def _folder(folder: Path) -> list[Part]:
-    """Its files and those of its folders, by name; hidden ones and other kinds are left out."""
-    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    seen = [path for path in inside if not any(name.startswith(".") for name in path.parts)]
-    parts = [_file(folder / path, str(path)) for path in sorted(seen) if is_readable(path)]
+def _folder(folder: Path, reading: Reading, left_out: Counter[str]) -> list[Part]:
+    """Its files and those of its folders, by name; what is left out is counted by its kind."""
+    if folder.resolve().parent == folder.resolve():
+        raise UserError(f"--source={folder} is the whole machine; wanted a folder of the data")
+    files = list(_files(folder, reading, left_out, set()))
+    parts = [_file(path, str(path.relative_to(folder)), reading) for path in files]
     if not parts:
-        raise UserError(f"nothing to read in {folder} ({len(seen)} files); wanted {_file_kinds()}")
+        seen = ", ".join(f"{name}: {n}" for name, n in left_out.items()) or "it is empty"
+        raise UserError(f"nothing to read in {folder} ({seen}); wanted {_file_kinds()}")
     return parts
 
 
-def _file(path: Path, name: str) -> Part:
-    if not is_readable(path):
+def _files(
+    folder: Path, reading: Reading, left_out: Counter[str], seen: set[tuple[int, int]]
+) -> Iterator[Path]:
+    """The files to read below a folder, links followed; `seen` are the folders that were."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
+        return
+    seen.add((status.st_dev, status.st_ino))
+    if what := _what_is_ours(folder):
+        left_out[f"{folder} ({what})"] += 1
+        return
+    inside = sorted(folder.iterdir())
+    if (folder / "dataset_dict.json").is_file():  # save_to_disk of several splits
+        inside = [_saved_split(folder, reading.split)]
+    elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        inside = [path for path in inside if path.suffix == ".arrow"]
+    for path in inside:
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif path.is_dir():
+            yield from _files(path, reading, left_out, seen)
+        elif path.is_file() and formats.kind_of(path):
+            yield path
+        else:
+            left_out[path.suffix or path.name] += 1
+
+
+def _what_is_ours(folder: Path) -> str:
+    """What nanosynth wrote there; '' where it did not."""
+
+    def has(*names: str) -> bool:
+        return all((folder / name).exists() for name in names)
+
+    if has("meta.json", "train.bin") or has(".partial"):
+        return "bins"
+    if has("config.json", "metrics.jsonl"):
+        return "a run"
+    return "a checkpoint" if has("meta.json", "model.safetensors") else ""
+
+
+def _saved_split(folder: Path, split: str) -> Path:
+    names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    if (split or "train") not in names:
+        raise UserError(f"{folder} has the splits {', '.join(names)}; name one by --split")
+    return folder / (split or "train")
+
+
+def _file(path: Path, name: str, reading: Reading) -> Part:
+    if not formats.kind_of(path):
         raise UserError(f"cannot read {path}; wanted {_file_kinds()}")
     before = path.stat()
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def read(part: Part) -> Iterator[object]:
-        with open(path, "rb") as raw:
+    def read(progress: Progress) -> Iterator[object]:
+        with open(path, "rb", buffering=formats.HEAD_BYTES) as raw:
             try:
-                yield from _rows(raw, path, part)
+                yield from formats.rows(raw, path, reading, progress)
             except OSError as error:
-                where = f"near byte {raw.tell()} of {part.size}"
+                where = f"near byte {raw.tell()} of {before.st_size}"
                 raise UserError(f"{path}: cannot be read {where}: {error}") from error
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             sizes = f"{after.st_size} bytes at its end, {before.st_size} at first"
             raise UserError(f"{path} changed while it was read ({sizes}); prepare it again")
-        part.position = part.size
+        progress.position = before.st_size
 
-    return Part(name, {"source": name, "sha256": sha256}, before.st_size, "B", read)
-
-
-def _rows(raw: BinaryIO, path: Path, part: Part) -> Iterator[object]:
-    """The rows of an opened file, decompressed and parsed as its name tells."""
-    compression = COMPRESSIONS.get(path.suffix)
-    kind = path.suffixes[-2] if compression else path.suffix
-    file = _decompressed(raw, compression) if compression else raw
-    if kind == ".parquet":
-        return _parquet_rows(file, path, part)
-    first = file.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if kind == ".json" and first != b"{":  # which would be JSON lines under that name
-        return _array_rows(file, raw, path, part)
-    return _line_rows(file, raw, path, part)
+    return Part(name, {"source": name, "sha256": sha256}, before.st_size, "B", read, path)
 
 
-def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
-    """Arrow's streams: they say so when a file ends too early, which zstandard's do not."""
-    import pyarrow  # slow to import
-
-    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression)
-    return io.BufferedReader(stream, 1 << 20)
-
-
-def _array_rows(file: BinaryIO, raw: BinaryIO, path: Path, part: Part) -> Iterator[object]:
-    n_rows = 0
-    try:
-        for row in json_array.items(file):
-            part.position = raw.tell()
-            n_rows += 1
-            yield row
-    except json_array.BrokenArray as error:
-        size = f" of {part.size}" if file is raw else ", decompressed"
-        where = f"after {n_rows} rows, near byte {error.offset}{size}"
-        raise UserError(f"{path}: broken JSON {where}: {error}") from None
-
-
-def _line_rows(file: BinaryIO, raw: BinaryIO, path: Path, part: Part) -> Iterator[object]:
-    """One row a line; blank lines are no rows, and a line that is not JSON comes as a Reject."""
-    n_lines = 0
-    while line := file.readline(LONGEST_LINE):
-        n_lines += 1
-        part.position = raw.tell()
-        if len(line) == LONGEST_LINE:
-            raise UserError(f"{path}: line {n_lines} is longer than {LONGEST_LINE >> 20} MB")
-        line = line.removeprefix(b"\xef\xbb\xbf").strip()
-        if line:
-            # Bytes that are not UTF-8 come as lone surrogates, which no conversation may have.
-            text = line.decode("utf-8", "surrogateescape")
-            try:
-                yield json.loads(text, parse_int=float)
-            except (ValueError, RecursionError):
-                yield Reject("line is not JSON", text[:1000])
-
-
-def _parquet_rows(file: BinaryIO, path: Path, part: Part) -> Iterator[object]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryFile() as copy:
-        if not isinstance(file.raw, io.FileIO):  # a compressed one: it is read from its end
-            shutil.copyfileobj(file, copy, 1 << 20)
-            file = copy
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            total = table.metadata.num_rows
-            n_rows = 0
-            for batch in table.iter_batches(batch_size=1024):
-                n_rows += batch.num_rows
-                part.position = part.size * n_rows // total
-                yield from _batch_rows(batch)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def _batch_rows(batch: object) -> Iterator[object]:
-    """The rows of an Arrow batch; one whose text is not UTF-8 comes as a Reject."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for number in range(batch.num_rows):
-            try:
-                yield batch.slice(number, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield Reject("text is not valid Unicode")
-
-
-def _hub(name: str, revision: str) -> Part:
+def _hub(name: str, revision: str, reading: Reading) -> Part:
     """A hub data set. OpenHermes is its one file, downloaded and then read like any local one."""
     import huggingface_hub
 
+    name, _, config = name.partition(":")
+    config, split = config or HUB_CONFIGS.get(name, ""), reading.split or "train"
     with _hub_errors(name, revision):
         if name == OPENHERMES:
-            return _openhermes(revision or OPENHERMES_REVISION)
+            return _openhermes(revision or OPENHERMES_REVISION, reading)
         import datasets
 
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha
-        table = datasets.load_dataset(name, revision=commit, split="train", streaming=True)
+        table = datasets.load_dataset(
+            name, config or None, revision=commit, split=split, streaming=True
+        )
     splits = table.info.splits or {}
-    size = splits["train"].num_examples or None if "train" in splits else None
+    size = splits[split].num_examples or None if split in splits else None
+    is_wikitext = name.endswith("/wikitext")
 
-    def read(part: Part) -> Iterator[object]:
+    def read(progress: Progress) -> Iterator[object]:
         with _hub_errors(name, revision):
-            for row in table:
-                part.position += 1
+            for row in _articles(table) if is_wikitext else table:
+                progress.position += 1
                 yield row
 
-    return Part(name, {"source": name, "revision": commit}, size, "rows", read)
+    identity = {"source": name, "revision": commit}
+    named = {"config": config, "split": reading.split}
+    identity |= {key: value for key, value in named.items() if value}
+    return Part(name, identity, None if is_wikitext else size, "rows", read)
 
 
-def _openhermes(revision: str) -> Part:
+def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:
+    """wikitext's rows are lines: an article goes from one title, ' = Title = ', to the next."""
+    article: list[str] = []
+    for row in lines:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", row["text"]) and article:
+            yield PlainText("".join(article))
+            article = []
+        article.append(row["text"])
+    yield PlainText("".join(article))
+
+
+def _openhermes(revision: str, reading: Reading) -> Part:
     """The client resumes a broken download, keeps the file in its cache and checks it."""
     import huggingface_hub
 
@@ -275,7 +276,7 @@ def _openhermes(revision: str) -> Part:
             OPENHERMES, OPENHERMES_FILE, repo_type="dataset", revision=revision
         )
     )
-    part = _file(path, OPENHERMES_FILE)
+    part = _file(path, OPENHERMES_FILE, reading)
     commit = path.parent.name  # the cache's folder of the file is named by it
     part.identity |= {"source": OPENHERMES, "file": OPENHERMES_FILE}
     part.identity |= {"revision": revision, "commit": commit}
@@ -290,7 +291,11 @@ def _hub_errors(name: str, revision: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = " ".join(str(error).split())[:400] or repr(error)
+        if re.search(r"(Bad|Unknown) split", reason):
+            raise UserError(f"{name}: {reason}; name one by --split") from error
+        if "Config name is missing" in reason:
+            raise UserError(f"{name}: {reason}; name one as --source={name}:CONFIG") from error
         file, place = "FILE.json", "its file"
         if name == OPENHERMES:
             file = OPENHERMES_FILE

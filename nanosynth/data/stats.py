@@ -7,83 +7,161 @@ import textwrap
 import warnings
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nanosynth.data.bins import SPLITS
+from nanosynth.data.bins import OUR_MARK, SPLITS
 from nanosynth.table import table
 from nanosynth.tokenizer import Turn
 
 MOST_NAMES = 1000  # of sources, and of categories, that are told apart; further ones count as one
+MOST_REASONS = 100  # to leave a row out that are told apart by the name of what is at fault
 OTHERS = "(others)"
 COLUMNS = 80  # of the terminal
 
 
 class Tally:
-    """What was read, kept and dropped, and how long the documents are."""
+    """What was read, kept and dropped, and what the documents are like, in some bytes for each."""
 
     def __init__(self):
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
         self.troubles: Counter[str] = Counter()  # of unique conversations, whether dropped or not
-        self.columns: Counter[str] = Counter()
-        self.splits = {
-            split: {"documents": 0, "tokens": 0, "assistant_tokens": 0, "text_bytes": 0}
-            for split in SPLITS
+        self.columns: Counter[str] = Counter()  # that hold something, of the first rows
+        self.column_names: set[str] = set()  # of all rows
+        self.unused: Counter[str] = Counter()  # columns that held text in vain, of usable rows
+        self.names: dict[str, dict[str, int]] = {"source": {}, "category": {}}  # name -> number
+        # Of each document, in the order in which they were added.
+        self._documents = {
+            **{"split": array("b"), "tokens": array("i"), "assistant_tokens": array("i")},
+            **{"turns": array("i"), "text_bytes": array("q")},
+            **{"source": array("H"), "category": array("H")},
+            **{"part": array("i"), "row": array("q")},  # where it was read
         }
-        self.shares: dict[str, dict[str, list[int]]] = {"source": {}, "category": {}}
-        # Of each document:
-        self.tokens, self.assistant_tokens, self.turns = array("i"), array("i"), array("i")
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(counts["tokens"] for counts in self.splits.values())
+        self.n_documents = self.n_tokens = 0
+        self.begins_alike, self._beginning = True, ""  # of all documents, in their first user turn
+        self.weighted: list[dict] = []  # of each source: its share of training tokens, and wanted
+        self.chosen: np.ndarray | None = None  # (documents,) bool; None: all
 
     def see(self, row: object) -> None:
         """One row that was read, whatever it holds; the columns of many stand for those of all."""
         self.rows_read += 1
-        if isinstance(row, dict) and self.rows_read <= 100_000:
-            self.columns.update(key for key, value in row.items() if value is not None)
+        if isinstance(row, dict):
+            self.column_names.update(row)
+            if self.rows_read <= 100_000:
+                self.columns.update(key for key, value in row.items() if value is not None)
 
-    def count(self, split: str, turns: list[Turn], names: tuple, mask: np.ndarray) -> None:
-        """One document; `names` are its row's source and category."""
-        n_assistant = int(np.count_nonzero(mask))
-        counts = self.splits[split]
-        counts["documents"] += 1
-        counts["tokens"] += len(mask)
-        counts["assistant_tokens"] += n_assistant
-        counts["text_bytes"] += sum(len(text.encode()) for _, text in turns)
-        self.tokens.append(len(mask))
-        self.assistant_tokens.append(n_assistant)
-        self.turns.append(len(turns))
-        for shares, name in zip(self.shares.values(), names, strict=True):
-            if name not in shares and len(shares) >= MOST_NAMES:
+    def drop(self, reason: str, kind: str) -> None:
+        """One row that was left out, counted under its reason or, past many of those, its kind."""
+        is_told = reason in self.dropped or len(self.dropped) < MOST_REASONS
+        self.dropped[reason if is_told else kind] += 1
+
+    def count(
+        self, split: str, turns: list[Turn], names: tuple, place: tuple, mask: np.ndarray
+    ) -> None:
+        """One document; `names` are its row's source and category, `place` is its part and row."""
+        values = {
+            "split": SPLITS.index(split),
+            "tokens": len(mask),
+            "assistant_tokens": int(np.count_nonzero(mask)),
+            "turns": len(turns),
+            "text_bytes": sum(len(text.encode()) for _, text in turns),
+            **{"part": place[0], "row": place[1]},
+        }
+        for (use, numbers), name in zip(self.names.items(), names, strict=True):
+            if name not in numbers and len(numbers) >= MOST_NAMES:
                 name = OTHERS
-            share = shares.setdefault(name, [0, 0])
-            share[0] += 1
-            share[1] += len(mask)
+            values[use] = numbers.setdefault(name, len(numbers))
+        for key, value in values.items():
+            self._documents[key].append(value)
+        self.n_documents += 1
+        self.n_tokens += len(mask)
+        if self.begins_alike:
+            beginning = next(text for role, text in turns if role != "system")
+            self.begins_alike = beginning == (self._beginning or beginning)
+            self._beginning = beginning
+
+    def column(self, name: str) -> np.ndarray:
+        """A value of each document that is kept."""
+        values = np.array(self._documents[name])
+        return values if self.chosen is None else values[self.chosen]
+
+    def all_documents(self, name: str) -> np.ndarray:
+        return np.array(self._documents[name])
+
+    def by_split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """A value of each document that was added, as the bins' writer has them."""
+        splits = self.all_documents("split")
+        return {name: values[splits == number] for number, name in enumerate(SPLITS)}
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """(documents, 2) of each split: the numbers of source and category."""
+        numbers = [self.all_documents(use) for use in self.names]
+        return self.by_split(np.stack(numbers, axis=1))
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        counted = ("tokens", "assistant_tokens", "text_bytes")
+        found = {}
+        for number, name in enumerate(SPLITS):
+            inside = self.column("split") == number
+            sums = {key: int(self.column(key)[inside].sum()) for key in counted}
+            found[name] = {"documents": int(inside.sum()), **sums}
+        return found
+
+    def shares(self, use: str) -> dict[str, list[int]]:
+        """[documents, tokens] by the name of a source or category, the largest first."""
+        n_names = len(self.names[use])
+        documents = np.bincount(self.column(use), minlength=n_names).tolist()
+        tokens = np.bincount(self.column(use), self.column("tokens"), n_names).astype(int).tolist()
+        found = zip(self.names[use], zip(documents, tokens, strict=True), strict=True)
+        return dict(largest_first({name: [*share] for name, share in found if share[0]}))
 
     def figures(self) -> dict:
         """Of meta.json."""
-        tokens, by_turns = np.array(self.tokens), Counter(self.turns)
+        tokens, turns = self.column("tokens"), self.column("turns")
+        by_turns = Counter(turns.tolist())
         figures = {
             "rows_read": self.rows_read,
             "rows_kept": self.rows_read - self.dropped.total(),
             "rows_dropped": dict(self.dropped.most_common()),
             "troubles": dict(self.troubles),
-            "splits": self.splits,
+            "unused_columns": dict(self.unused.most_common()),
+            "splits": self.splits(),
             "document_tokens": quantiles(tokens),
-            "document_turns": quantiles(np.array(self.turns)),
+            "document_turns": quantiles(turns),
             "documents_by_turns": {str(n): by_turns[n] for n in sorted(by_turns)},
-            "assistant_share": quantiles(np.array(self.assistant_tokens) / tokens),
+            "assistant_share": quantiles(self.column("assistant_tokens") / tokens),
+            "label_names": {use: list(numbers) for use, numbers in self.names.items()},
         }
-        for name, shares in self.shares.items():
-            figures[f"by_{name}"] = {
-                key: {"documents": documents, "tokens": n}
-                for key, (documents, n) in largest_first(shares)
+        if self.weighted:
+            figures["weighted"] = self.weighted
+        for use in self.names:
+            figures[f"by_{use}"] = {
+                name: {"documents": documents, "tokens": n}
+                for name, (documents, n) in self.shares(use).items()
             }
         return figures
+
+
+def weighted_choice(
+    weights: Sequence[float], group: np.ndarray, tokens: np.ndarray, split: np.ndarray, seed: int
+) -> np.ndarray:
+    """(documents,) bool: the most documents whose training tokens have these shares by group.
+
+    Without replacement, in a seeded random order; of validation the same part of each group.
+    """
+    n_tokens = np.array([tokens[(group == g) & (split == 0)].sum() for g in range(len(weights))])
+    parts = np.array(weights) * (n_tokens / weights).min() / np.maximum(n_tokens, 1)
+    chosen = np.zeros(len(tokens), dtype=bool)
+    for g, part in enumerate(parts.tolist()):
+        for number in range(len(SPLITS)):
+            places = np.flatnonzero((group == g) & (split == number))
+            places = np.random.default_rng([seed, g, number]).permutation(places)
+            ends = np.cumsum(tokens[places])
+            chosen[places[ends <= part * ends[-1:] * (1 + 1e-9)]] = True  # all, where part is 1
+    return chosen
 
 
 def largest_first(shares: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
@@ -120,6 +198,10 @@ def summary(meta: dict) -> str:
         ),
         "\n".join(_shares(meta, name) for name in ("source", "category")),
     ]
+    parts += filter(None, [_listed(told, meta.get(name, {})) for name, told in LISTED.items()])
+    if weighted := meta.get("weighted"):
+        shares = (f"{w['source']} {w['share']:.1%} ({w['wanted']:.1%} wanted)" for w in weighted)
+        parts.append(_filled(f"training tokens by --weights: {', '.join(shares)}"))
     if leaks := meta.get("leak_check"):
         parts.append(_leaks(leaks))
     return "\n\n".join(parts)
@@ -130,7 +212,21 @@ def _shares(meta: dict, name: str, most: int = 6) -> str:
     n_tokens = sum(counts["tokens"] for counts in meta["splits"].values())
     shares = [f"{key} {n['tokens'] / n_tokens:.1%}" for key, n in meta[f"by_{name}"].items()]
     more = [f"{len(shares) - most} more"] if len(shares) > most else []
-    text = f"tokens by {name}: {', '.join(shares[:most] + more)}"
+    return _filled(f"tokens by {name}: {', '.join(shares[:most] + more)}")
+
+
+LISTED = {  # of meta.json: counts by name
+    "unused_columns": "columns that held text and were not used, and their rows",
+    "left_out": "left out of the folders",
+}
+
+
+def _listed(told: str, counts: dict[str, int]) -> str:
+    said = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    return said and _filled(f"{told}: {said}")
+
+
+def _filled(text: str) -> str:
     return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False)
 
 
@@ -160,23 +256,23 @@ def draw(tally: Tally, path: Path, title: str) -> None:
         figsize=(15, 9),
         layout="constrained",
     )
-    figure.suptitle(title)
-    tokens = np.array(tally.tokens)
+    figure.suptitle(title, parse_math=False)
+    tokens = tally.column("tokens")
     _draw_tokens(axes["tokens"], tokens)
-    turns = np.minimum(np.array(tally.turns), 12)
+    turns = np.minimum(tally.column("turns"), 12)
     axes["turns"].hist(turns, bins=np.arange(0.5, 13), rwidth=0.9)
-    axes["turns"].set(yscale="log", xlabel="turns", ylabel="conversations (log)")
+    axes["turns"].set(yscale="log", xlabel="turns", ylabel="documents (log)")
     axes["turns"].set(ylim=(0.5, 2 * np.bincount(turns).max()), xlim=(0.5, 12.5))
     axes["turns"].set_xticks(range(1, 13), [*map(str, range(1, 12)), "12+"])
-    axes["share"].hist(np.array(tally.assistant_tokens) / tokens, bins=np.linspace(0, 1, 51))
-    axes["share"].set(xlabel="assistant's share of the tokens", ylabel="conversations")
+    axes["share"].hist(tally.column("assistant_tokens") / tokens, bins=np.linspace(0, 1, 51))
+    axes["share"].set(xlabel="share of tokens that are answers, or plain text", ylabel="documents")
     for name in ("tokens", "share"):
         axes[name].yaxis.set_major_formatter("{x:,.0f}")
-    for name, shares in tally.shares.items():
-        _draw_shares(axes[name], name, shares)
+    for name in tally.names:
+        _draw_shares(axes[name], name, tally.shares(name))
     with warnings.catch_warnings():  # a name in a script that the font lacks shows as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=80, metadata={"Software": None})
+        figure.savefig(path, dpi=80, metadata={"Software": OUR_MARK})
     pyplot.close(figure)
 
 
@@ -184,7 +280,7 @@ def _draw_tokens(axes: object, tokens: np.ndarray) -> None:
     """Lengths may span four orders of magnitude: a logarithmic axis, with plain numbers on it."""
     edges = np.geomspace(tokens.min(), tokens.max() + 1, 60)
     axes.hist(tokens, bins=edges)
-    axes.set(xscale="log", xlabel="tokens of a conversation", ylabel="conversations")
+    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
     ticks = [n * 10**power for power in range(9) for n in (1, 2, 5)]
     ticks = [tick for tick in ticks if edges[0] <= tick <= edges[-1]]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
@@ -200,15 +296,15 @@ def _draw_tokens(axes: object, tokens: np.ndarray) -> None:
 def _draw_shares(axes: object, name: str, shares: dict[str, list[int]], most: int = 20) -> None:
     """Bars of the largest shares of all tokens; the rest is one bar."""
     total = sum(tokens for _, tokens in shares.values())
-    ordered = [(key, tokens / total) for key, (_, tokens) in largest_first(shares)]
+    ordered = [(key, tokens / total) for key, (_, tokens) in shares.items()]
     bars, rest = ordered[:most], ordered[most:]
     if rest:
         bars.append((f"{len(rest)} more", sum(share for _, share in rest)))
     drawn = axes.barh(range(len(bars)), [share for _, share in bars])
     axes.bar_label(drawn, [f" {share:.1%}" for _, share in bars])
-    # A label is the data's own text: '$' would begin a formula.
-    labels = [(key if len(key) <= 32 else f"{key[:31]}…").replace("$", r"\$") for key, _ in bars]
-    axes.set_yticks(range(len(bars)), labels)
+    labels = [key if len(key) <= 32 else f"{key[:31]}…" for key, _ in bars]
+    # A label is the data's own text, in which '$' begins no formula.
+    axes.set_yticks(range(len(bars)), labels, parse_math=False)
     axes.set(xlabel=f"share of all tokens, by {name}", xticks=[])
     axes.set_ylim(max(len(bars), 8) - 0.5, -0.5)
     axes.set_xlim(0, 1.2 * max(share for _, share in bars))

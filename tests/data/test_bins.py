@@ -101,14 +101,104 @@ def test_a_bin_of_another_size_is_refused(data_dir, name, change):
         bins.Split(data_dir, "train")
 
 
+def damage(data_dir: str, name: str, place: int, value: bytes) -> None:
+    """Put other bytes into a bin, and leave its time as it was."""
+    path = Path(data_dir) / name
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(value)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_an_id_past_the_vocabulary_is_refused_with_its_place(data_dir):
-    with open(Path(data_dir) / "train.bin", "r+b") as file:
-        file.seek(2 * 13)
-        file.write(np.array([50_304], dtype="<u2").tobytes())
     split = bins.Split(data_dir, "train")
+    damage(data_dir, "train.bin", 2 * 13, np.array([50_304], dtype="<u2").tobytes())
     assert split.ids(0, 13).size == 13
     with pytest.raises(UserError, match="id 50304 at token 13"):
         split.ids(5, 20)
+
+
+def test_a_mask_of_another_value_is_refused_with_its_place(data_dir):
+    split = bins.Split(data_dir, "train")
+    damage(data_dir, "train_mask.bin", 7, b"\2")
+    assert split.mask(0, 7).size == 7
+    with pytest.raises(UserError, match="train_mask.bin: 2 at token 7"):
+        split.mask(5, 20)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train_mask.bin"])
+def test_a_bin_that_has_changed_is_refused(data_dir, name):
+    bins.Split(data_dir, "train")
+    damage(data_dir, name, 8, b"\0\0")
+    with pytest.raises(UserError, match=f"{name} has changed since it was prepared"):
+        bins.Split(data_dir, "train")
+    assert bins.Split(data_dir, "val").n_tokens == 5
+
+
+def test_what_was_found_whole_is_read_again_only_where_it_looks_changed(data_dir, monkeypatch):
+    read = []
+    digest = bins.hashlib.file_digest
+    monkeypatch.setattr(
+        bins.hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
+    )
+
+    def opened(**how) -> int:
+        read.clear()
+        bins.Split(data_dir, "val", **how)
+        return len(read)
+
+    assert [opened(), opened(), opened(verify=True), opened()] == [2, 0, 2, 0]
+    os.utime(Path(data_dir) / "val.bin", ns=(0, 0))  # as a copy may have
+    assert [opened(), opened()] == [1, 0]
+    (Path(data_dir) / bins.CHECKED).write_text("[broken")
+    assert [opened(), opened()] == [2, 0]
+
+
+def test_documents_know_their_source_in_the_bins_order(tmp_path):
+    labels = {"train": np.array([[n, n % 3] for n in range(10)]), "val": np.array([[3, 1], [9, 2]])}
+    names = {"source": [f"s{n}" for n in range(10)], "category": ["a", "b", "c"]}
+    with bins.BinWriter(str(tmp_path)) as writer:
+        for split, documents in DOCUMENTS.items():
+            for ids, mask in documents:
+                writer.add(split, ids, mask)
+        writer.shuffle(0, {"train": np.arange(10) != 4, "val": np.ones(2, bool)}, labels)
+        writer.publish({"source": "test", "label_names": names})
+    split = bins.Split(str(tmp_path), "train")
+    found = split.labels()
+    first_ids = [int(ids[0]) for ids, _ in split.documents()]
+    assert sorted(first_ids) == [n for n in range(0, 40, 4) if n != 16]
+    assert found["source"][0] == names["source"] and found["category"][0] == names["category"]
+    assert found["source"][1].tolist() == [first // 4 for first in first_ids]
+    assert found["category"][1].tolist() == [first // 4 % 3 for first in first_ids]
+    damage(str(tmp_path), "train_sources.bin", 0, b"\7")
+    with pytest.raises(UserError, match="train_sources.bin has changed"):
+        split.labels()
+
+
+def test_bins_of_an_earlier_version_have_no_labels(data_dir):
+    assert bins.Split(data_dir, "train").labels() == {}
+
+
+def test_two_writers_in_one_folder(tmp_path):
+    with bins.BinWriter(str(tmp_path)), pytest.raises(UserError, match="another process works in"):
+        bins.BinWriter(str(tmp_path))
+    with bins.BinWriter(str(tmp_path)):  # the lock is gone
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "train.bin.spool").write_text("of a run that was killed")
+    with bins.BinWriter(str(tmp_path)):
+        pass
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=".partial is not of prepare.py; move it away"):
+        bins.BinWriter(str(tmp_path))
+    assert (tmp_path / ".partial" / "mine.txt").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == [".partial"]
 
 
 def test_a_file_shortened_after_opening_is_an_error(data_dir):

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from nanosynth import UserError
 from nanosynth.data import conversations
 from tiny import REPO, chat_row
 
@@ -41,39 +42,48 @@ def test_each_form_of_row(found, turns):
     assert conversations.conversation(found) == turns
 
 
+NOT_UTF8 = "text is not UTF-8: cp1252 or another encoding of single bytes"
 REJECTS = [
     ("row is not an object", ["Hi"]),
     ("row is not an object", None),
-    ("no conversations, messages or instruction", {}),
-    ("no conversations, messages or instruction", {"text": "Hi", "instruction": None}),
-    ("turns are not a list", {"conversations": "Hi"}),
-    ("turns are not a list", {"messages": {"role": "user"}}),
-    ("turn is not an object", row(HUMAN, "Yo")),
-    ("turn is not an object", row(None)),
-    ("unknown role", row(HUMAN, {"from": "tool", "value": "Yo"})),
-    ("unknown role", row(HUMAN, {"value": "Yo"})),
-    ("unknown role", row(HUMAN, {"from": ["gpt"], "value": "Yo"})),
-    ("turn without text", row(HUMAN, {"from": "gpt"})),
-    ("turn without text", row(HUMAN, {"from": "gpt", "value": 5})),
-    ("turn without text", {"instruction": "Hi"}),
-    ("turn without text", {"instruction": "Hi", "output": ["Yo"]}),
-    ("turn without text", {"instruction": 5, "output": "Yo"}),
-    ("no turns", row()),
+    ("no known column", {}),
+    ("no known column", {"txt": "Hi", "instruction": None}),
+    ("not a list of turns: conversations is text", {"conversations": "Hi"}),
+    ("not a list of turns: messages is an object", {"messages": {"role": "user"}}),
+    ("turn is not an object: text in conversations", row(HUMAN, "Yo")),
+    ("turn is not an object: null in conversations", row(None)),
+    ("unknown role: tool", row(HUMAN, {"from": "tool", "value": "Yo"})),
+    ("unknown role: a list", row(HUMAN, {"from": ["gpt"], "value": "Yo"})),
+    ("unknown role: Function_Call", row(HUMAN, {"from": "Function_Call", "value": "{}"}, GPT)),
+    ("turn without a role", row(HUMAN, {"value": "Yo"})),
+    ("turn without a role", row(HUMAN, {"from": "", "value": "Yo"})),
+    ("not text: conversations.value is a number", row(HUMAN, {"from": "gpt", "value": 5})),
+    ("not text: output is a list", {"instruction": "Hi", "output": ["Yo"]}),
+    ("not text: instruction is a number", {"instruction": 5, "output": "Yo"}),
+    ("not text: answer is an object", {"question": "Hi", "answer": {"text": "Yo"}}),
+    ("content is not text: type image_url",
+     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, MESSAGES[1]]}),
+    ("no answer: to instruction", {"instruction": "Hi"}),
+    ("no answer: to instruction", {"instruction": "Hi", "output": "", "text": "Below is Hi"}),
+    ("no question: of output", {"instruction": "", "input": None, "output": "Yo"}),
     ("no turns", row({"from": "system", "value": "S"})),
     ("does not begin with the user", row(GPT)),
     ("does not begin with the user", row(GPT, HUMAN, GPT)),
     ("turns do not alternate", row(HUMAN, HUMAN, GPT)),
     ("turns do not alternate", row(HUMAN, GPT, {"from": "system", "value": "S"}, HUMAN, GPT)),
-    ("empty turn", row({"from": "human", "value": ""}, GPT)),
-    ("empty turn", row(HUMAN, {"from": "gpt", "value": " \n"})),
-    ("empty turn", {"instruction": "Hi", "output": ""}),
+    ("empty turn: user", row({"from": "human", "value": ""}, GPT)),
+    ("empty turn: assistant", row(HUMAN, {"from": "gpt"})),
+    ("empty turn: assistant", row(HUMAN, {"from": "gpt", "value": " \n"})),
+    ("empty turn: text", conversations.PlainText(" ")),
     ("does not end with an answer", row(HUMAN)),
     ("does not end with an answer", row(HUMAN, GPT, HUMAN)),
-    ("text is not valid Unicode", row(HUMAN, {"from": "gpt", "value": "\ud800"})),
-    ("text is not valid Unicode", row({"from": "system", "value": "\udfff"}, HUMAN, GPT)),
+    ("text is not valid Unicode: a lone surrogate", row(HUMAN, {"from": "gpt", "value": "\ud800"})),
+    (NOT_UTF8, row({"from": "system", "value": "caf\udce9"}, HUMAN, GPT)),
+    (NOT_UTF8, {"text": "\udc80"}),
     ("line is not JSON", conversations.Reject("line is not JSON")),
+    ("row cannot be read: date", conversations.Reject("row cannot be read", "date")),
     ("spaces without end", row(HUMAN, {"from": "gpt", "value": "x" + "\n " * 500_000 + "x"})),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("reason", "found"), REJECTS, ids=lambda value: repr(value)[:80])
@@ -85,8 +95,98 @@ def test_each_reason_to_reject(reason, found):
 
 def test_no_reason_is_left_untested():
     folder = REPO / "nanosynth/data"
-    text = "".join((folder / f"{name}.py").read_text() for name in ("conversations", "sources"))
-    assert set(re.findall(r'Reject\("(.+?)"[,)]', text)) == {reason for reason, _ in REJECTS}
+    text = "".join((folder / f"{name}.py").read_text() for name in ("conversations", "formats"))
+    reasons = set(re.findall(r'Reject\("(.+?)"[,)]', text))
+    assert reasons == {reason.partition(":")[0] for reason, _ in REJECTS}
+
+
+SYSTEM = ("system", "S")
+PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
+
+
+@pytest.mark.parametrize(
+    ("found", "turns"),
+    [
+        ({**row(HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
+        ({**row(HUMAN, GPT), "system": "", "system_prompt": "S"}, [SYSTEM, *PAIR]),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "system": "T"}, [SYSTEM, *PAIR]),
+        ({**row({"from": "system", "value": ""}, HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
+        ({"instruction": "Hi", "output": "Yo", "system": "S", "history": [["a", "b"], ["c", "d"]]},
+         [SYSTEM, ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), *PAIR]),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "history": MESSAGES},
+         [SYSTEM, *PAIR, *PAIR]),
+        ({"instruction": "Hi", "context": "x", "response": "Yo"}, [("user", "Hi\n\nx"), PAIR[1]]),
+        ({"instruction": None, "input": "Hi", "output": "Yo"}, PAIR),
+        ({"instruction": "", "input": "Hi", "output": "Yo"}, PAIR),
+        ({"instruction": "Hi", "input": [], "output": "", "response": "Yo"}, PAIR),
+        ({"conversations": [], "messages": MESSAGES}, PAIR),
+        ({"conversations": "", "messages": {}, "prompt": "Hi", "completion": "Yo"}, PAIR),
+        (row({"from": "", "value": "", "role": "user", "content": "Hi"}, GPT), PAIR),
+        (row({"from": " USER", "value": "Hi"}, {"from": "ChatGPT", "value": "Yo"}), PAIR),
+        (row({"from": "developer", "value": "S"}, {"role": "Human", "content": "Hi"},
+             {"from": "bing", "value": "Yo"}), [SYSTEM, *PAIR]),
+        ({"messages": [{"role": "user", "content": PARTS}, MESSAGES[1]]}, PAIR),
+        ({"prompt": "Hi", "response": "Yo"}, PAIR),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, PAIR),
+        ({"prompt": "Hi", "chosen": MESSAGES, "rejected": []}, PAIR),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, PAIR),
+        ({"system_prompt": "S", "question": "Hi", "response": "Yo"}, [SYSTEM, *PAIR]),
+        ({"query": "Hi", "answer": "Yo"}, PAIR),
+        ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, PAIR * 2),
+        ({"text": "Hi\n", "url": "x"}, [("text", "Hi\n")]),
+        ({"text": "Hi", "conversations": None, "output": ""}, [("text", "Hi")]),
+        (conversations.PlainText("Hi"), [("text", "Hi")]),
+    ],
+)  # fmt: skip
+def test_each_column_and_role_by_its_name(found, turns):
+    assert conversations.conversation(found) == turns
+
+
+@pytest.mark.parametrize(
+    ("found", "unused"),
+    [
+        ({**row(HUMAN, GPT), "id": "x", "source": "s", "n": 5, "hash": [1, 2], "none": ""}, {"id"}),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "system": "T"}, {"system"}),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "system": "S"}, set()),
+        (row(HUMAN, {**GPT, "thinking": "Hm", "weight": 1.0}), {"conversations.thinking"}),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, {"rejected"}),
+        ({"prompt": "Hi", "chosen": MESSAGES}, set()),
+        ({"prompt": "Hello", "chosen": MESSAGES}, {"prompt"}),
+        ({"instruction": "Hi", "output": "Yo", "response": "Ya", "text": "Hi Yo"},
+         {"response", "text"}),
+        ({"text": "Hi", "meta": {"url": ["u"]}, "system": "S"}, {"meta", "system"}),
+    ],
+)  # fmt: skip
+def test_columns_that_hold_text_in_vain_are_named(found, unused):
+    said = set()
+    conversations.conversation(found, unused=said)
+    assert said == unused
+
+
+def test_columns_as_the_user_names_them():
+    columns = conversations.named_columns("user=question, assistant=reply,system=persona")
+    found = {"question": "Hi", "reply": "Yo", "persona": "S", "system": "T", "messages": [1]}
+    unused = set()
+    assert conversations.conversation(found, columns, unused) == [SYSTEM, *PAIR]
+    assert unused == {"system"}
+    assert conversations.named(columns) == {"reply", "persona"}
+    columns = conversations.named_columns("turns=dialog,role=speaker,content=said,system=")
+    turns = [{"speaker": "human", "said": "Hi"}, {"speaker": "ai", "said": "Yo"}]
+    found = {"dialog": turns, "system": "S"}
+    assert conversations.conversation(found, columns) == PAIR
+    found = {"output": "b", "response": "Yo", "prompt": "Hi"}
+    columns = conversations.named_columns("assistant=response")
+    assert conversations.conversation(found, columns) == PAIR
+    assert conversations.conversation({"body": "Hi"}, conversations.named_columns("text=body"))
+    for wrong in ("question", "asker=question", "user:question"):
+        with pytest.raises(UserError, match="--columns=.*wanted USE=COLUMN.*user, input, assist"):
+            conversations.named_columns(wrong)
+
+
+def test_names_of_a_row():
+    assert conversations.names_of({"source": "s", "category": "c"}, "f") == ("s", "c")
+    assert conversations.names_of({"source": " ", "category": 5}, "f") == ("f", "(not given)")
+    assert conversations.names_of(conversations.PlainText("x"), "f") == ("f", "(not given)")
 
 
 def test_first_words():
@@ -94,7 +194,7 @@ def test_first_words():
     assert conversations.first_words({"source": "s", "instruction": "Do"}) == "Do"
     assert conversations.first_words({"a": [{"b": "deep"}]}) == "deep"
     assert (
-        conversations.first_words(conversations.Reject("line is not JSON", "{broken \udcff"))
+        conversations.first_words(conversations.Reject("line is not JSON", words="{broken \udcff"))
         == "{broken ?"
     )
     assert conversations.first_words([]) == conversations.first_words(5) == ""

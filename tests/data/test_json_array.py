@@ -45,6 +45,6 @@ def test_broken_arrays_say_where(monkeypatch, content, message, offset, block):
     if block == 1 and len(content) > 1000:
         pytest.skip("no window of one byte for a long item")
     monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
-    with pytest.raises(json_array.BrokenArray, match=re.escape(message)) as error:
+    with pytest.raises(json_array.BrokenJson, match=re.escape(message)) as error:
         list(json_array.items(io.BytesIO(content)))
     assert error.value.offset == offset

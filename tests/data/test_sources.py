@@ -131,7 +131,11 @@ def write_rows(path: Path, found: list) -> Path:
     return path
 
 
-COMPRESSED = [kind + compression for kind in sources.KINDS for compression in (".gz", ".zst")]
+COMPRESSED = [
+    kind + compression
+    for kind in (".json", ".jsonl", ".parquet")
+    for compression in (".gz", ".zst")
+]
 
 
 @pytest.mark.parametrize("suffixes", COMPRESSED)
@@ -140,11 +144,10 @@ def test_compressed_files(tmp_path, suffixes):
 
 
 @pytest.mark.parametrize("suffixes", COMPRESSED)
-@pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, suffixes, damage):
+def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, suffixes):
     path = write_rows(tmp_path / f"rows{suffixes}", ROWS * 50)
     content = path.read_bytes()
-    path.write_bytes(content[:-9] if damage == "cut" else b"nothing compressed")
+    path.write_bytes(content[:-9])
     with pytest.raises(UserError, match=rf"rows{suffixes}: cannot be read near byte \d+ of"):
         rows_of(path)
 
@@ -181,8 +184,8 @@ def test_several_files_and_a_folder(tmp_path):
 def test_parts_of_unlike_units_are_counted_in_rows(tmp_path):
     """A file is measured in bytes, a data set of the hub in rows: they have no sum."""
 
-    def read(part: sources.Part) -> Iterator[object]:
-        for part.position, row in enumerate(ROWS, 1):
+    def read(progress: sources.Progress) -> Iterator[object]:
+        for progress.position, row in enumerate(ROWS, 1):
             yield row
 
     in_rows = sources.Part("hub", {"source": "hub"}, len(ROWS), "rows", read)
@@ -197,7 +200,7 @@ def test_parts_of_unlike_units_are_counted_in_rows(tmp_path):
 
 def test_a_folder_of_nothing_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("no rows")
-    with pytest.raises(UserError, match="nothing to read in .* \\(1 files\\); wanted a .json"):
+    with pytest.raises(UserError, match="nothing to read in .* \\(.md: 1\\); wanted a .json"):
         sources.open_sources([str(tmp_path)])
 
 

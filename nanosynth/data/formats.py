@@ -1,0 +1,283 @@
+"""The rows of one opened file, which its bytes tell how to read, and its name where they do not.
+
+A row that cannot be read comes as a Reject in its place. Which files there are is told by
+sources.py, what a row holds by conversations.py.
+"""
+
+import io
+import itertools
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from nanosynth import UserError
+from nanosynth.data import json_array, utf8
+from nanosynth.data.conversations import COLUMNS, Columns, PlainText, Reject
+
+KINDS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
+COMPRESSED = (".gz", ".zst", ".bz2")
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+FOREIGN = {  # what a file may be in spite of its name
+    b"PK\x03\x04": "a zip archive",
+    b"\xfd7zXZ": "compressed by xz",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a Git LFS pointer in place of the file",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
+HEAD_BYTES = 1 << 20  # enough for some rows
+LONGEST = 1 << 28  # bytes of a line, or of a document of text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the user says of the sources."""
+
+    columns: Columns = field(default_factory=lambda: COLUMNS)
+    split: str = ""  # of a data set that has several; empty: train
+    separator: str = "<|endoftext|>"  # of the documents of a text file
+
+    def takes(self, column: str) -> bool:
+        return any(column in names for names in self.columns.values())
+
+
+@dataclass
+class Progress:
+    """How far a file was read, and how many rows had text in columns that were not read."""
+
+    position: int = 0  # bytes
+    unread: Counter[str] = field(default_factory=Counter)
+
+
+def kind_of(path: Path) -> str:
+    """The one of KINDS that a file's name tells; '' for another."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else ""
+
+
+def rows(raw: BinaryIO, path: Path, reading: Reading, progress: Progress) -> Iterator[object]:
+    """The rows of an opened file."""
+    kind, file = kind_of(path), raw
+    for magic, compression in COMPRESSIONS.items():
+        if raw.peek(8).startswith(magic):
+            file = _decompressed(raw, compression)
+    head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+    for magic, name in FOREIGN.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} is {name}; wanted a {', '.join(KINDS)} file")
+    if head.startswith(b"PAR1") or kind == ".parquet":
+        return _parquet_rows(file, path, reading, progress)
+    if head.startswith(b"ARROW1") or kind == ".arrow":
+        return _arrow_rows(file, raw, path, reading, progress)
+    utf8.check(head, path)
+    if kind == ".txt":
+        return _documents(file, raw, path, reading, progress)
+    return _json_rows(file, raw, path, reading, progress)
+
+
+def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    """Arrow's streams: they say so when a file ends too early, which zstandard's do not."""
+    import pyarrow  # slow to import
+
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression)
+    return io.BufferedReader(stream, HEAD_BYTES)
+
+
+def _json_rows(
+    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
+) -> Iterator[object]:
+    head = file.peek(HEAD_BYTES)[:HEAD_BYTES].decode("utf-8", "surrogateescape")
+    form = json_array.form_of(head)
+    first = head.lstrip("\ufeff \t\r\n")[:1]
+    if form == "lines" and (first == "{" or kind_of(path) != ".json"):
+        return _unwrapped(_lines(file, raw, path, progress), path, reading)
+    read = json_array.values if form == "values" else json_array.items
+    found = _values(read(file), raw, path, progress, "" if file is raw else ", decompressed")
+    return _unwrapped(found, path, reading) if form == "values" else found
+
+
+def _values(
+    found: Iterator[object], raw: BinaryIO, path: Path, progress: Progress, how: str
+) -> Iterator[object]:
+    n_rows = 0
+    try:
+        for row in found:
+            progress.position = raw.tell()
+            n_rows += 1
+            yield row
+    except json_array.BrokenJson as error:
+        size = how or f" of {path.stat().st_size}"
+        where = f"after {n_rows} rows, near byte {error.offset}{size}"
+        raise UserError(f"{path}: broken JSON {where}: {error}") from None
+
+
+def _lines(file: BinaryIO, raw: BinaryIO, path: Path, progress: Progress) -> Iterator[object]:
+    """One row a line; blank lines are no rows, and a line that is not JSON comes as a Reject."""
+    n_lines = 0
+    while line := file.readline(LONGEST):
+        n_lines += 1
+        progress.position = raw.tell()
+        if len(line) == LONGEST:
+            raise UserError(f"{path}: line {n_lines} is longer than {LONGEST >> 20} MB")
+        line = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if line:
+            # Bytes that are not UTF-8 come as lone surrogates, which no conversation may have.
+            text = line.decode("utf-8", "surrogateescape")
+            try:
+                yield json.loads(text, parse_int=float)
+            except (ValueError, RecursionError):
+                yield Reject("line is not JSON", words=text[:1000])
+
+
+def _unwrapped(found: Iterator[object], path: Path, reading: Reading) -> Iterator[object]:
+    """`found`, or the rows within it where it is one object around them."""
+    first = list(itertools.islice(found, 2))
+    if len(first) != 1 or not isinstance(first[0], dict):
+        yield from itertools.chain(first, found)
+        return
+    lists = {
+        name: value
+        for name, value in first[0].items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+        # A column of turns is none, unless each of them is a row.
+        if not reading.takes(name) or any(key in value[0] for key in reading.columns["turns"])
+    }
+    if len(lists) > 1:
+        if reading.split not in lists:
+            names = ", ".join(lists)
+            raise UserError(f"{path} has several lists of rows ({names}); name one by --split")
+        lists = {reading.split: lists[reading.split]}
+    yield from next(iter(lists.values()), first)
+
+
+def _documents(
+    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
+) -> Iterator[object]:
+    """The texts between separators, as they stand; a blank one is none."""
+    separator, rest, is_first, block = _separator(reading.separator), b"", True, b"..."
+    while block:
+        # As much again as waits, so that a document of any size takes linear time.
+        block = file.read(max(HEAD_BYTES, len(rest)))
+        progress.position = raw.tell()
+        rest += block or b"\n"  # which ends a last line that is a separator
+        rest = rest.removeprefix(b"\xef\xbb\xbf") if is_first else rest
+        is_first = False
+        *whole, rest = separator.split(rest)
+        if len(rest) > LONGEST:
+            mend = "part them by --document_separator"
+            raise UserError(f"{path}: wanted documents of at most {LONGEST >> 20} MB; {mend}")
+        for text in whole if block else (*whole, rest.removesuffix(b"\n")):
+            if text.strip():
+                yield PlainText(text.decode("utf-8", "surrogateescape"))
+
+
+def _separator(text: str) -> re.Pattern[bytes]:
+    """What parts documents: `text` as a line of its own or, with a newline in it, as it is."""
+    text = text.replace("\\n", "\n")
+    pattern = re.escape(text.encode()).replace(b"\\\n", rb"\r?\n")
+    if "\n" not in text:
+        # A line begins behind a newline, or where the document does.
+        pattern = rb"(?:\r?\n|(?<=\n)|\A)[ \t]*" + pattern + rb"[ \t]*\r?\n"
+    return re.compile(pattern)
+
+
+def _parquet_rows(
+    file: BinaryIO, path: Path, reading: Reading, progress: Progress
+) -> Iterator[object]:
+    """Of the columns that may be used, and no others: what stands in those can do no harm."""
+    import pyarrow
+    import pyarrow.parquet
+
+    size = path.stat().st_size
+    with tempfile.TemporaryFile() as copy:
+        if not isinstance(file.raw, io.FileIO):  # a compressed one: it is read from its end
+            shutil.copyfileobj(file, copy, HEAD_BYTES)
+            file = copy
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            schema, total, n_rows = table.schema_arrow, table.metadata.num_rows, 0
+            wanted = [name for name in schema.names if reading.takes(name)]
+            progress.unread.update(_unread(table, wanted))
+            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+                n_rows += batch.num_rows
+                progress.position = size * n_rows // total
+                yield from _batch_rows(batch)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _unread(table: object, wanted: list[str]) -> dict[str, int]:
+    """How many rows have text in each column that is not read, as the file's statistics say; of a
+    nested one, and where they say nothing: all.
+    """
+    found: Counter[str] = Counter()
+    texts = {column.name for column in table.schema_arrow if _has_text(column.type)} - {*wanted}
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        columns = (group.column(place) for place in range(group.num_columns))
+        known = {c.path_in_schema: c.statistics for c in columns if c.is_stats_set}
+        for name in texts:
+            found[name] += group.num_rows
+            if name in known and known[name].has_null_count:
+                found[name] -= known[name].null_count
+    return +found
+
+
+def _has_text(kind: object) -> bool:
+    import pyarrow.types as types
+
+    inside = [kind.field(place).type for place in range(kind.num_fields)]
+    return types.is_string(kind) or types.is_large_string(kind) or any(map(_has_text, inside))
+
+
+def _arrow_rows(
+    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
+) -> Iterator[object]:
+    """What `datasets` writes, a stream of batches, or an Arrow file, which may be mapped."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        if file.peek(8).startswith(b"ARROW1"):
+            table = pyarrow.ipc.open_file(pyarrow.BufferReader(file.read()))
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:
+            table = batches = pyarrow.ipc.open_stream(file)
+        kinds = {column.name: column.type for column in table.schema}
+        places = [n for n, name in enumerate(table.schema.names) if reading.takes(name)]
+        for batch in batches:
+            progress.position = raw.tell()
+            for name, column in zip(table.schema.names, batch.columns, strict=True):
+                if not reading.takes(name) and _has_text(kinds[name]):
+                    progress.unread[name] += len(column) - column.null_count
+            yield from _batch_rows(batch.select(places))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable Arrow file: {error}") from error
+
+
+def _batch_rows(batch: object) -> Iterator[object]:
+    """The rows of an Arrow batch; one that Python cannot hold, as a date of the year 20000 or text
+    that is not UTF-8, comes as a Reject.
+    """
+    if not batch.num_columns:
+        yield from ({} for _ in range(batch.num_rows))
+        return
+    try:
+        yield from batch.to_pylist()
+    except Exception:  # pyarrow raises what the values' own types do
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
+            except Exception as error:
+                yield Reject("row cannot be read", str(error))

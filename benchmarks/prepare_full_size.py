@@ -108,10 +108,10 @@ class Writer:
             self.planted["does not begin with the user"] += 1
         elif kind < 0.0007:
             turns[-1]["from"] = "tool"
-            self.planted["unknown role"] += 1
+            self.planted["unknown role: tool"] += 1
         elif kind < 0.0009:
             turns[-1]["value"] = ""
-            self.planted["empty turn"] += 1
+            self.planted["empty turn: assistant"] += 1
         row: dict = {
             "conversations": turns,
             "source": SOURCES[number * len(SOURCES) // self.n_rows],

@@ -1,4 +1,4 @@
-"""Perplexity of a run on a whole validation split, every token scored once.
+"""Perplexity of a run on a whole validation split, every token scored once, and by source.
 
 Usage:
     python eval_ppl.py --run=out/demo
@@ -14,6 +14,7 @@ from typing import Literal
 from nanosynth import UserError, settings, tokenizer
 from nanosynth.settings import setting
 
+MOST_SOURCES = 20  # that are told apart, the largest; the others stand together
 N_RESAMPLES = 1000  # of the bootstrap: the ends of a 95% interval then rest on 25 of them each
 
 
@@ -123,25 +124,62 @@ def bootstrap(
 
 def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) -> dict:
     """The figures of eval_ppl.json from each token's loss; ids and mask include the first token."""
-    losses = losses.astype(np.float64)
-    # The token after an end opens a document; the end itself belongs to the one before.
-    document = np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
     n_bytes = tokenizer.token_bytes()[ids[1:]]
-    figures = {}
-    counted = {"all": np.ones(len(losses)), "assistant": mask[1:].astype(np.float64)}
+    return figures(losses.astype(np.float64), documents_of(ids), n_bytes, mask[1:], seed)
+
+
+def documents_of(ids: np.ndarray) -> np.ndarray:
+    """The number of the document that each token but the first belongs to: the token after an end
+    opens one; the end itself belongs to the one before.
+    """
+    return np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
+
+
+def figures(
+    losses: np.ndarray, document: np.ndarray, n_bytes: np.ndarray, mask: np.ndarray, seed: int
+) -> dict:
+    """Of these tokens, all and the assistant's: (n,) loss, document, bytes of text, mask."""
+    found: dict = {}
+    members, document = np.unique(document, return_inverse=True)
+    counted = {"all": np.ones(len(losses)), "assistant": mask.astype(np.float64)}
     for name, weights in counted.items():
         nats, n_tokens = float(losses @ weights), int(weights.sum())
         if not n_tokens:
             continue
-        figures[name] = {
+        found[name] = {
             "perplexity": math.exp(nats / n_tokens),
             "perplexity_95": bootstrap(losses, document, weights, seed),
             "loss": nats / n_tokens,
             # Special ids stand for no byte of text: their nats count, so a text's end is paid for.
-            "bits_per_byte": nats / math.log(2) / float(n_bytes @ weights),
+            "bits_per_byte": nats / math.log(2) / max(1.0, float(n_bytes @ weights)),
             "tokens": n_tokens,
         }
-    return figures | {"documents": int(document.max()) + 1}
+    return found | {"documents": len(members)}
+
+
+def by_label(
+    losses: np.ndarray,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    labels: dict[str, tuple[list[str], np.ndarray]],
+    seed: int,
+) -> dict:
+    """'by_source' and 'by_category': the figures of each one's documents, the largest first."""
+    losses, document = losses.astype(np.float64), documents_of(ids)
+    n_bytes, found = tokenizer.token_bytes()[ids[1:]], {}
+    for use, (names, numbers) in labels.items():
+        of_token = numbers[document]
+        n_tokens = np.bincount(of_token, minlength=len(names))
+        order = [n for n in np.argsort(-n_tokens, kind="stable").tolist() if n_tokens[n]]
+        groups = {names[n]: [n] for n in order[:MOST_SOURCES]}
+        if others := order[MOST_SOURCES:]:
+            groups[f"{len(others)} others"] = others
+        found[f"by_{use}"] = {}
+        for name, members in groups.items():
+            inside = np.isin(of_token, members)
+            parts = (part[inside] for part in (losses, document, n_bytes, mask[1:]))
+            found[f"by_{use}"][name] = figures(*parts, seed)
+    return found
 
 
 def by_position(losses: np.ndarray, weights: np.ndarray, *, block_size: int, stride: int) -> list:
@@ -168,27 +206,36 @@ def report(result: dict) -> str:
     that training never had for targets, a perplexity of thousands says nothing about the model.
     """
     on_answers = result["loss_on"] == "assistant" and "assistant" in result
-    rows = [["validation", "perplexity", "95% interval", "bits/byte", "tokens"]]
-    for name in ("assistant",) if on_answers else ("all", "assistant"):
-        if figures := result.get(name):
-            low, high = figures["perplexity_95"]
-            rows.append(
-                [
-                    f"{name} tokens",
-                    f"{figures['perplexity']:,.3f}",
-                    f"{low:,.3f} - {high:,.3f}",
-                    f"{figures['bits_per_byte']:.4f}",
-                    f"{figures['tokens']:,}",
-                ]
-            )
-    lines = [
-        table(rows),
+    kinds = ("assistant",) if on_answers else ("all", "assistant")
+    rows = [row(f"{kind} tokens", result[kind]) for kind in kinds if kind in result]
+    parts = [
+        table([["validation", *HEAD], *rows]),
         f"{result['documents']:,} documents of {result['data']}, {result['checkpoint']}, context "
         f"{result['block_size']}, stride {result['stride']}, {result['dtype']}",
     ]
     if on_answers:
-        lines.append("no other token was a target in training (loss_on=assistant)")
-    return "\n".join(lines)
+        parts.append("no other token was a target in training (loss_on=assistant)")
+    for use in ("source", "category"):
+        named = {name: of.get(kinds[0]) for name, of in result.get(f"by_{use}", {}).items()}
+        rows = [row(name[:40], found) for name, found in named.items() if found]
+        if len(rows) > 1:
+            parts.append("\n" + table([[f"{kinds[0]} tokens by {use}", *HEAD], *rows]))
+    return "\n".join(parts)
+
+
+HEAD = ["perplexity", "95% interval", "bits/byte", "tokens"]
+
+
+def row(name: str, found: dict) -> list[str]:
+    """A line of a table of figures."""
+    low, high = found["perplexity_95"]
+    return [
+        name,
+        f"{found['perplexity']:,.3f}",
+        f"{low:,.3f} - {high:,.3f}",
+        f"{found['bits_per_byte']:.4f}",
+        f"{found['tokens']:,}",
+    ]
 
 
 def main(config: EvalConfig) -> None:
@@ -220,6 +267,7 @@ def main(config: EvalConfig) -> None:
             "loss_on": meta["identity"]["loss_on"],
             "dtype": str(dtype).removeprefix("torch."),
             **summarise(losses, ids, mask, config.seed),
+            **by_label(losses, ids, mask, split.labels(), config.seed),
         }
         weights = mask[1:] if result["loss_on"] == "assistant" else np.ones(len(losses))
         result["by_position"] = by_position(losses, weights, block_size=block_size, stride=stride)

@@ -62,6 +62,34 @@ def test_perplexity_by_hand():
     assert found["assistant"]["tokens"] == 2 and found["documents"] == 2
 
 
+def test_figures_by_source_by_hand():
+    """Of 25 sources the 20 largest are told apart; intervals are over a source's own documents."""
+    generator, sizes = np.random.default_rng(0), np.arange(25, 0, -1)
+    numbers = np.repeat(np.arange(25), sizes)
+    generator.shuffle(numbers)
+    names = [f"s{n}" for n in range(25)]
+    ids = np.array([17250, 15902, tokenizer.END_OF_TEXT] * len(numbers))
+    mask = np.array([0, 1, 0] * len(numbers), dtype=np.uint8)
+    losses = np.repeat(1.0 + numbers / 10, 3)[1:]
+    labels = {"source": (names, numbers), "category": (["c"], np.zeros_like(numbers))}
+    found = eval_ppl.by_label(losses, ids, mask, labels, seed=0)
+    assert list(found["by_source"])[-1] == "5 others" and len(found["by_source"]) == 21
+    first = int(numbers[0])  # its first token is not scored
+    assert sum(of["all"]["tokens"] for of in found["by_source"].values()) == len(losses)
+    for n in range(20):
+        of = found["by_source"][f"s{n}"]
+        assert of["all"]["loss"] == pytest.approx(1 + n / 10)
+        assert of["all"]["perplexity_95"] == pytest.approx([math.exp(1 + n / 10)] * 2)
+        assert of["all"]["tokens"] == 3 * (25 - n) - (n == first) and of["documents"] == 25 - n
+        assert of["assistant"]["tokens"] == 25 - n
+        assert of["assistant"]["bits_per_byte"] == pytest.approx((1 + n / 10) / math.log(2) / 3)
+    others = found["by_source"]["5 others"]
+    assert others["documents"] == 15 and others["all"]["tokens"] == 45 - (first >= 20) * 1
+    low, high = others["all"]["perplexity_95"]
+    assert low < others["all"]["perplexity"] < high
+    assert found["by_category"]["c"]["all"] == eval_ppl.summarise(losses, ids, mask, seed=0)["all"]
+
+
 def test_bootstrap_interval_contains_the_value_and_narrows():
     generator = np.random.default_rng(0)
     widths = []
@@ -91,10 +119,12 @@ def test_whole_evaluation(tiny_bins, run_dir, tmp_path, capsys):
         eval_ppl.main(config)
         results.append(json.loads((out_dir / "eval_ppl.json").read_text()))
     plain, one_by_one, overlapping = results
+    parts = ("all", "assistant", "documents")
     split = bins.Split(tiny_bins, "val")
     assert plain["all"]["tokens"] == split.n_tokens - 1
     assert plain["assistant"]["tokens"] == split.mask(1, split.n_tokens - 1).sum()
     assert plain["documents"] == split.meta["splits"]["val"]["documents"]
+    assert plain["by_source"] == {"conversations.jsonl": {k: plain[k] for k in parts}}
     assert plain["checkpoint"].endswith("step_000006") and plain["stride"] == 16
     assert one_by_one["all"]["perplexity"] == pytest.approx(plain["all"]["perplexity"], rel=1e-6)
     assert overlapping["all"]["perplexity"] != plain["all"]["perplexity"]
@@ -124,6 +154,18 @@ def test_the_headline_is_over_what_training_had_for_targets():
     assert "loss_on=assistant" in said and "73,425" not in said
     no_answers = {k: v for k, v in result_of("assistant").items() if k != "assistant"}
     assert "73,425.103" in eval_ppl.report(no_answers)
+
+
+def test_the_table_by_source_is_of_what_training_had_for_targets():
+    parts = {"all": result_of("all")["all"], "assistant": result_of("all")["assistant"]}
+    sources = {"by_source": {"airoboros": parts, "metamath": parts, "plain": {"all": parts["all"]}}}
+    said = eval_ppl.report(result_of("assistant") | sources).splitlines()
+    assert said[-3].startswith("assistant tokens by source")
+    assert [line.split()[:2] for line in said[-2:]] == [
+        ["airoboros", "5.949"],
+        ["metamath", "5.949"],
+    ]
+    assert "by source" not in eval_ppl.report(result_of("all") | {"by_source": {"one": parts}})
 
 
 def test_stride_past_the_context_is_refused(run_dir):

@@ -351,3 +351,176 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     said = done.stderr.splitlines()[-1]
     assert re.match(r"prepare.py: error: stopped while preparing .*data: .*File too large", said)
     assert not (tmp_path / "data").exists()
+
+
+def documents_of(data_dir: Path) -> list[str]:
+    return sorted(text for split in bins.SPLITS for text in texts(data_dir, split))
+
+
+def test_a_system_text_a_history_and_a_context_come_through(tmp_path):
+    """All rows begin with one turn, which then cannot tell training from validation."""
+    rows = [
+        {
+            **{"instruction": f"And times {n}?", "context": f"It is {n}.", "response": f"{7 * n}"},
+            **{"system": "Be short.", "history": [["What is seven?", "A number."]]},
+        }
+        for n in range(20)
+    ]
+    meta = run(tmp_path, rows)
+    assert documents_of(tmp_path / "data") == sorted(
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is seven?<|im_end|>\n"
+        "<|im_start|>assistant\nA number.<|im_end|>\n"
+        f"<|im_start|>user\nAnd times {n}?\n\nIt is {n}.<|im_end|>\n"
+        f"<|im_start|>assistant\n{7 * n}<|im_end|>\n<|endoftext|>"
+        for n in range(20)
+    )
+    assert meta["rows_kept"] == 20 and meta["split_by"] == "all user turns"
+    assert run(tmp_path, QUESTIONS)["split_by"] == "first user turn"
+
+
+def test_plain_texts_are_documents_without_marks(tmp_path):
+    run(tmp_path, [{"text": f"Text number {n} <|im_end|>\n", "url": "u"} for n in range(50)])
+    assert documents_of(tmp_path / "data") == sorted(
+        f"Text number {n} <|im_end|>\n<|endoftext|>" for n in range(50)
+    )
+    split = bins.Split(str(tmp_path / "data"), "train")
+    assert split.mask(0, split.n_tokens).all()
+    assert split.meta["unused_columns"] == {"url": 50}
+
+
+def test_columns_that_are_not_used_are_said(tmp_path, capsys):
+    rows = [{**row, "title": "T", "views": 5, "notes": [" "]} for row in QUESTIONS]
+    assert run(tmp_path, rows)["unused_columns"] == {"title": 100}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "columns that held text and were not used, and their rows: title 100" in said
+
+
+def test_columns_that_the_user_names(tmp_path):
+    rows = [{"ask": f"Number {n}?", "say": f"{n}", "who": "Kay", "text": "x"} for n in range(50)]
+    meta = run(tmp_path, rows, columns="user=ask,assistant=say,system=who")
+    assert meta["rows_kept"] == 50 and meta["columns"] == "user=ask,assistant=say,system=who"
+    assert meta["unused_columns"] == {"text": 50}
+    assert "<|im_start|>system\nKay<|im_end|>\n" in documents_of(tmp_path / "data")[0]
+    with pytest.raises(UserError, match="no row has sayings\n  Columns found: ask, say, who, text"):
+        run(tmp_path, rows, columns="user=ask,assistant=sayings")
+
+
+def test_weights_sample_each_source_to_its_share_of_training_tokens(tmp_path, capsys):
+    paths = []
+    for name, n_words in (("short", 2), ("long", 9)):
+        rows = [{"text": f"{name} number {n} " + "word " * n_words} for n in range(400)]
+        paths.append(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)))
+    settings = {"source": tuple(paths), "val_fraction": 0.2, "num_threads": 1, "picture": False}
+    rejects = tmp_path / "rejects.jsonl"
+
+    def prepared(name: str, **changes) -> dict:
+        data_dir = str(tmp_path / name)
+        prepare.main(prepare.PrepareConfig(**(settings | {"data_dir": data_dir} | changes)))
+        return bins.read_meta(data_dir)
+
+    whole = set(documents_of_run(prepared("whole"), tmp_path / "whole"))
+    meta = prepared("part", weights="3,1", rejects=str(rejects))
+    found = documents_of_run(meta, tmp_path / "part")
+    assert len(set(found)) == len(found) == meta["rows_kept"] and set(found) < whole
+    left_out = meta["rows_dropped"]["left out by --weights"]
+    assert meta["rows_kept"] + left_out == meta["rows_read"] == 800
+    assert len(rejects.read_text().splitlines()) == left_out
+    shares = {w["source"]: w["share"] for w in meta["weighted"]}
+    assert shares[paths[0]] == pytest.approx(0.75, abs=0.01)
+    n_tokens = Counter()
+    for ids, _ in bins.Split(str(tmp_path / "part"), "train").documents():
+        n_tokens[tokenizer.decode(ids).split()[0]] += len(ids)
+    assert n_tokens["short"] / n_tokens.total() == pytest.approx(shares[paths[0]])
+    assert n_tokens.total() == meta["splits"]["train"]["tokens"]
+    assert "75.0% wanted" in " ".join(capsys.readouterr().out.split())
+    prepared("again", weights="0.75,0.25")
+    assert tiny_bins(tmp_path / "again") == tiny_bins(tmp_path / "part")
+
+
+def documents_of_run(meta: dict, data_dir: Path) -> list[str]:
+    """The documents, after checking that each one's label is its file."""
+    found = []
+    for split in bins.SPLITS:
+        opened = bins.Split(str(data_dir), split)
+        names, numbers = opened.labels()["source"]
+        documents = [tokenizer.decode(ids) for ids, _ in opened.documents()]
+        assert [names[n] for n in numbers] == [f"{text.split()[0]}.jsonl" for text in documents]
+        assert len(documents) == meta["splits"][split]["documents"]
+        found += documents
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": "0.5"}, "--weights=0.5; wanted one for each --source: 2"),
+        ({"weights": "0.5,0"}, "--weights=0.5,0; wanted numbers above 0"),
+        ({"weights": "a,b"}, "--weights=a,b; wanted numbers above 0"),
+        ({"document_separator": " "}, "--document_separator= ; wanted some text"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        prepare.PrepareConfig(source=("a", "b"), **changes)
+
+
+def test_rejects_replace_nothing_but_rejects(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"file": "x"}\n')
+    (tmp_path / "link").symlink_to(mine)
+    for path in (source, mine, tmp_path / "link", tmp_path, Path("/dev/null")):
+        with pytest.raises(
+            UserError, match=f"--rejects={path} is there, and is no file of rejects"
+        ):
+            run(tmp_path, QUESTIONS, rejects=str(path))
+    assert len(source.read_text().splitlines()) == 100 and mine.read_text() == '{"file": "x"}\n'
+    assert Path("/dev/null").is_char_device() and (tmp_path / "link").is_symlink()
+    old = tmp_path / "rejects.jsonl"
+    run(tmp_path, [*QUESTIONS, [1]], rejects=str(old))
+    run(tmp_path, [*QUESTIONS, [1], [2]], rejects=str(old))
+    assert len(old.read_text().splitlines()) == 2
+
+
+def test_a_rejects_file_is_no_source(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
+    rejects = tmp_path / "rejects.jsonl"
+    rejects.write_text("")
+    config = {"source": (str(tmp_path),), "data_dir": str(tmp_path / "data"), "picture": False}
+    with pytest.raises(UserError, match="--rejects=.* is among the sources"):
+        prepare.main(prepare.PrepareConfig(**config, rejects=str(rejects)))
+
+
+def test_names_without_end_among_the_reasons_are_told_apart_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "MOST_REASONS", 3)
+    rows = [{"messages": [{"role": f"r{n}", "content": "x"}]} for n in range(9)]
+    assert run(tmp_path, [*QUESTIONS, *rows])["rows_dropped"] == {
+        "unknown role": 6,
+        **{f"unknown role: r{n}": 1 for n in range(3)},
+    }
+
+
+def test_a_picture_of_the_users_own_is_left_alone(tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "stats.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="stats.png is not of prepare.py; move it, or say"):
+        run(tmp_path, QUESTIONS, picture=True)
+    run(tmp_path, QUESTIONS)
+    assert (data_dir / "stats.png").read_bytes() == b"mine"
+
+
+def test_a_file_for_a_folder_is_one_line(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(UserError, match="stopped while preparing .*data: .*File exists"):
+        run(tmp_path, QUESTIONS)
+    assert (tmp_path / "data").read_text() == "mine"
+
+
+def test_a_second_one_in_the_same_folder_is_refused_at_once(tmp_path):
+    with (
+        bins.BinWriter(str(tmp_path / "data")),
+        pytest.raises(UserError, match="another process works in .*data"),
+    ):
+        run(tmp_path, QUESTIONS)
+    assert run(tmp_path, QUESTIONS)["rows_kept"] == 100

@@ -33,6 +33,7 @@ FOREIGN = {  # what a file may be in spite of its name
     b"<html": "a web page",
 }
 HEAD_BYTES = 1 << 20  # enough for some rows
+END_OF_FILE = b"\xff"  # a byte that UTF-8 never has
 LONGEST = 1 << 28  # bytes of a line, or of a document of text
 
 
@@ -163,19 +164,17 @@ def _documents(
     file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
 ) -> Iterator[object]:
     """The texts between separators, as they stand; a blank one is none."""
-    separator, rest, is_first, block = _separator(reading.separator), b"", True, b"..."
+    separator = _separator(reading.separator)
+    rest, block = file.read(3).removeprefix(b"\xef\xbb\xbf"), b"..."
     while block:
         # As much again as waits, so that a document of any size takes linear time.
         block = file.read(max(HEAD_BYTES, len(rest)))
         progress.position = raw.tell()
-        rest += block or b"\n"  # which ends a last line that is a separator
-        rest = rest.removeprefix(b"\xef\xbb\xbf") if is_first else rest
-        is_first = False
-        *whole, rest = separator.split(rest)
+        *whole, rest = separator.split(rest + (block or END_OF_FILE))
         if len(rest) > LONGEST:
             mend = "part them by --document_separator"
             raise UserError(f"{path}: wanted documents of at most {LONGEST >> 20} MB; {mend}")
-        for text in whole if block else (*whole, rest.removesuffix(b"\n")):
+        for text in whole if block else (*whole, rest.removesuffix(END_OF_FILE)):
             if text.strip():
                 yield PlainText(text.decode("utf-8", "surrogateescape"))
 
@@ -186,7 +185,7 @@ def _separator(text: str) -> re.Pattern[bytes]:
     pattern = re.escape(text.encode()).replace(b"\\\n", rb"\r?\n")
     if "\n" not in text:
         # A line begins behind a newline, or where the document does.
-        pattern = rb"(?:\r?\n|(?<=\n)|\A)[ \t]*" + pattern + rb"[ \t]*\r?\n"
+        pattern = rb"(?:\r?\n|(?<=\n)|\A)[ \t]*" + pattern + rb"[ \t]*(?:\r?\n|(?=\xff))"
     return re.compile(pattern)
 
 

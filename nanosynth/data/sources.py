@@ -258,13 +258,13 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
 
 def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:
     """wikitext's rows are lines: an article goes from one title, ' = Title = ', to the next."""
-    article: list[str] = []
+    article = ""
     for row in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row["text"]) and article:
-            yield PlainText("".join(article))
-            article = []
-        article.append(row["text"])
-    yield PlainText("".join(article))
+        if re.fullmatch(r" = [^=].*[^=] = \n?", row["text"]) and article.strip():
+            yield PlainText(article)
+            article = ""
+        article += row["text"]
+    yield PlainText(article)
 
 
 def _openhermes(revision: str, reading: Reading) -> Part:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosynth import UserError, settings, tokenizer
+from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
 
 
@@ -164,7 +164,7 @@ def stream_text(model: GPT, prompt: list[int], number: int, sampling: Sampling) 
     text = ""
     for (id,) in generation.stream(model, [prompt], [number], sampling):
         piece = decoder.decode(b"" if id in tokenizer.STOP_IDS else tokenizer.token_text(id))
-        print(piece, end="", flush=True)
+        print(terminal.harmless(piece), end="", flush=True)
         text += piece
     print(decoder.decode(b"", final=True))
     return text
@@ -190,10 +190,10 @@ def converse(model: GPT, config: SampleConfig, sampling: Sampling) -> None:
 
 
 def _ask(sign: str) -> str:
-    """A line of the terminal; empty at its end."""
+    """A line of the terminal; empty at its end, and at Ctrl-C."""
     try:
         return input(sign).strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()
         return ""
 

@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from nanosynth import UserError, settings, tokenizer
+from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
+
+LARGEST_STEP = 1_000_000  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class TrainConfig(settings.Settings):
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
 
     rows_per_step: int = setting(
-        0, "rows a step, over all GPUs; 0: 32", group="The batch", at_least=0, at_most=1_000_000
+        0, "rows a step, over all GPUs; 0: 32", group="The batch", at_least=0, at_most=LARGEST_STEP
     )
     micro_batch_size: int | Literal["auto"] = setting(
         4, "rows a GPU takes at once; auto: as many as fit", at_least=1, at_most=1_000_000
@@ -51,10 +53,15 @@ class TrainConfig(settings.Settings):
         0,
         "micro-batches a step, over all GPUs: another way to say rows_per_step; 0: not said",
         at_least=0,
+        at_most=LARGEST_STEP,
         instead_of="rows_per_step",
     )
-    max_steps: int = setting(0, "optimizer steps; 0: as many as `epochs` takes", at_least=0)
-    epochs: float = setting(1.0, "passes over the training rows, where max_steps is 0", above=0)
+    max_steps: int = setting(
+        0, "optimizer steps; 0: as many as `epochs` takes", at_least=0, at_most=10**9
+    )
+    epochs: float = setting(
+        1.0, "passes over the training rows, where max_steps is 0", above=0, at_most=10_000
+    )
 
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "muon: on the blocks' matrices, AdamW on the rest", group="The optimizer"
@@ -80,7 +87,9 @@ class TrainConfig(settings.Settings):
         at_least=0,
     )
     max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
-    hang_seconds: float = setting(600.0, "a step, with what is due, may take so long", above=0)
+    hang_seconds: float = setting(
+        600.0, "a step, with what is due, may take so long", above=0, at_most=1e6
+    )
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it", group="The machine"
@@ -136,6 +145,9 @@ class TrainConfig(settings.Settings):
                 why = "with --micro_batch_size=auto it follows by itself; say --rows_per_step"
                 self.refuse("gradient_accumulation_steps", why)
             return
+        if self.step_rows > LARGEST_STEP:
+            why = f"{size} x {n_steps} rows a step; wanted {LARGEST_STEP:,} at most"
+            self.refuse("gradient_accumulation_steps", why)
         if n_steps and self.step_rows != size * n_steps:
             why = f"but {n_steps} micro-batches (gradient_accumulation_steps) of {size} rows make "
             self.refuse("rows_per_step", f"{why}{size * n_steps}; give one of the two")
@@ -168,7 +180,14 @@ from model import GPT, GPTConfig
 from nanosynth import checkpoint, files
 from nanosynth.checkpoint import Saver
 from nanosynth.data import bins
-from nanosynth.device import autocast, choose_dtype, device_name, keep_freed_memory, peak_flops
+from nanosynth.device import (
+    autocast,
+    choose_dtype,
+    device_name,
+    keep_freed_memory,
+    peak_flops,
+    total_memory,
+)
 from nanosynth.training import distributed, micro_batch, optim
 from nanosynth.training.log import (
     Console,
@@ -505,6 +524,19 @@ def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
     return train, val
 
 
+def check_fits(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a model that no memory holds, before it is built."""
+    matrices = 12 * config.n_layer * config.n_embd**2  # of attention and MLP
+    n_parameters = matrices + config.n_embd * (tokenizer.VOCAB_SIZE + config.block_size)
+    # In float32: weights, gradients, and the optimizer's moments, of which Muon has one.
+    needed, there = 12 * n_parameters, total_memory(device)
+    if needed > there:
+        raise UserError(
+            f"{n_parameters:,} parameters take more than {needed / 1e9:,.0f} GB to train, and the "
+            f"device ({device}) has {there / 1e9:,.0f}; use a smaller --n_layer or --n_embd"
+        )
+
+
 def model_config(config: TrainConfig) -> GPTConfig:
     return GPTConfig(
         n_layer=config.n_layer,
@@ -531,7 +563,9 @@ def row_order(config: TrainConfig, world: distributed.World, n_rows: int) -> bin
         )
         if world.is_main:
             n_steps = config.step_rows // size
-            print(f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step")
+            terminal.say(
+                f"micro_batch_size=auto: {size} rows at once, {n_steps} micro-batches a step"
+            )
     return bins.RowOrder(
         n_rows=n_rows,
         micro_batch_size=size,
@@ -564,6 +598,7 @@ def build(
     order = row_order(config, world, train_split.n_rows(config.block_size))
     max_steps = count_steps(config, order)
     dtype = choose_dtype(config.dtype, world.device)
+    check_fits(config, world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)  # the same weights on every rank, without sending them
@@ -680,7 +715,7 @@ def find_start(run: Run) -> Path | None:
     """
 
     def look() -> Path | None:
-        path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity)
+        path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity, terminal.say)
         if path is None:
             make_way(run.out_dir)
         return path
@@ -717,24 +752,27 @@ def open_log(run: Run) -> RunLog:
             "device": name,
             "dtype": str(run.dtype).removeprefix("torch."),
         }
-        write_config(out_dir / "config.json", facts, first_step=run.first_step)
-        print(settings.describe(config))
-        print(
+        run_id = write_config(out_dir / "config.json", facts, first_step=run.first_step)
+        console = Console()
+        console.say(settings.describe(config))
+        console.say(
             f"{n_parameters:,} parameters, {run.max_steps:,} steps of {run.tokens_per_step:,} "
-            f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}",
-            flush=True,
+            f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}"
         )
+        console.start(run.first_step, run.max_steps)
         wandb = None
         if config.wandb != "disabled":
             wandb = WandbThread(
+                console.say,
+                id=run_id,
                 mode=config.wandb,
                 project=config.wandb_project,
                 name=config.wandb_run_name or out_dir.name,
-                folder=out_dir,
+                dir=str(out_dir),
                 config=asdict(config),
             )
-        file = MetricsFile(out_dir / "metrics.jsonl", run.metrics_bytes)
-        outputs = Outputs(file, Console(run.first_step, run.max_steps), wandb)
+        file = MetricsFile(out_dir / "metrics.jsonl", run.metrics_bytes, console.say)
+        outputs = Outputs(file, console, wandb)
     peak = peak_flops(name, run.dtype)
     return RunLog(outputs, device=world.device, n_devices=world.size, peak=peak)
 
@@ -749,13 +787,12 @@ def train(
     run = build(config, world, splits)
     with own_folder(run):
         run = distribute(restore(run))
-        log = open_log(run)
-        if run.first_step < run.max_steps:
-            with Saver() as saver:
-                loop(run, log, stop, saver)
-        else:
-            finish(run, run.first_step, log, stopping=False, saved=True)
-        log.close()
+        with contextlib.closing(open_log(run)) as log:  # its last lines come before an error's
+            if run.first_step < run.max_steps:
+                with Saver() as saver:
+                    loop(run, log, stop, saver)
+            else:
+                finish(run, run.first_step, log, stopping=False, saved=True)
 
 
 def main(config: TrainConfig) -> None:
@@ -763,7 +800,9 @@ def main(config: TrainConfig) -> None:
     with distributed.start(config.device, config.hang_seconds) as world:
         try:
             train(config, world, splits)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not settings.is_out_of_memory(error):
+                raise
             reason = str(error).partition(". ")[0]
             raise UserError(
                 f"{reason} at micro_batch_size={config.micro_batch_size}; halve it, the steps stay "

@@ -312,12 +312,16 @@ def check_new(run_dir: Path, resume: str) -> None:
 
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, under all their names. Verify first."""
+    """The model's tensors on the CPU, under all their names, all finite. Verify first."""
     try:
         tensors = safetensors.torch.load_file(path / MODEL)
-        return tensors | {name: tensors[stored] for name, stored in meta["aliases"].items()}
+        aliases = {name: tensors[stored] for name, stored in meta["aliases"].items()}
     except (safetensors.SafetensorError, KeyError) as error:
         raise Damaged(f"{path / MODEL} is not as {META} says: {error}") from None
+    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        found = f"{path / MODEL} has numbers that are not finite, in {ruined[0]}"
+        raise UserError(f"{found}; the run diverged: take an older step")
+    return tensors | aliases
 
 
 def read_train_state(path: Path) -> dict:

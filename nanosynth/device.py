@@ -1,6 +1,7 @@
 """Which device computes, in which dtype, how fast it could be, and how much memory it took."""
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -100,6 +101,13 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 def model_flops_utilisation(flops_per_second: float, n_devices: int, peak: float | None):
     """Achieved share of the devices' peak, or None where the peak is not known."""
     return flops_per_second / (n_devices * peak) if peak else None
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the GPU, or the machine, has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_gb(device: torch.device) -> float:

@@ -108,6 +108,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f"{path} is there and is no empty folder; give the name of a new one")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     unfinished.mkdir()
@@ -118,6 +119,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(unfinished, path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
         raise
     sync(path.parent)
 

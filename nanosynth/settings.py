@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -22,10 +23,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nanosynth import UserError
+from nanosynth import UserError, terminal
 
 MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
 HELP_COLUMNS = 100
+LARGEST_INT = 2**63 - 1  # of what counts in torch and numpy
 LARGEST_SEED = 2**32 - 1  # every generator that is seeded takes it
 
 
@@ -63,10 +65,13 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, default = getattr(self, field.name), field.default
-            if type(value) in (int, float) and not _is_within(value, field.metadata["bounds"]):
-                wanted = [] if math.isfinite(value) else ["a finite number"]
-                wanted += [bounds_text(field.metadata["bounds"])]
-                self.refuse(field.name, f"wanted {', '.join(dict.fromkeys(wanted))}")
+            bounds = field.metadata["bounds"]
+            if type(value) is int and value > LARGEST_INT:
+                bounds = {"at_most": LARGEST_INT} | bounds
+            if type(value) in (int, float) and not _is_within(value, bounds):
+                is_finite = type(value) is int or math.isfinite(value)
+                wanted = ([] if is_finite else ["a finite number"]) + [bounds_text(bounds)]
+                self.refuse(field.name, f"wanted {', '.join(filter(None, wanted))}")
             # all: of a setting that may be given several times, none is empty
             if field.metadata["path"] and default and not (value and all(value)):
                 self.refuse(field.name, "wanted a path")
@@ -82,7 +87,8 @@ class Settings:
 
 def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
     return (
-        math.isfinite(value)
+        value == value
+        and abs(value) != math.inf
         and value >= bounds.get("at_least", -math.inf)
         and value <= bounds.get("at_most", math.inf)
         and ("above" not in bounds or value > bounds["above"])
@@ -99,7 +105,7 @@ def bounds_text(bounds: Mapping[str, float]) -> str:
     words = {"at_least": "{:,} or more", "above": "above {:,}"}
     words |= {"at_most": "at most {:,}", "below": "below {:,}"}
     said = [text.format(bounds[name]) for name, text in words.items() if name in bounds]
-    return ", ".join(said) or "a finite number"
+    return ", ".join(said)
 
 
 def from_argv(cls: type, *, config_file: bool = False) -> typing.Any:
@@ -110,13 +116,42 @@ def from_argv(cls: type, *, config_file: bool = False) -> typing.Any:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A UserError is printed as one line, exit 1; Ctrl-C is silent, exit 130."""
+    """What a user can mend is printed as one line, exit 1: a UserError, a file that can't be used,
+    memory that is not there. Ctrl-C, and a reader that has gone, are silent.
+    """
+    terminal.prepare_streams()
+    name = program().removeprefix("-m ")
     try:
         yield
     except UserError as error:
-        sys.exit(f"{program().removeprefix('-m ')}: error: {error}")
+        code = f"{name}: error: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        code = 141  # a shell's word for SIGPIPE
+    except OSError as error:
+        code = f"{name}: error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = terminal.one_line(str(error).partition(". ")[0])
+        code = f"{name}: error: out of memory: {reason}; take less at once, or a smaller model"
+    else:
+        code = 0
+    finally:
+        terminal.flush_streams()
+    if isinstance(code, str):
+        terminal.say(terminal.one_line(code), to_stderr=True)
+        terminal.flush_streams()
+        code = 1
+    if code:
+        sys.exit(code)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it tells of memory that is not there: Python's, numpy's, or torch's on any device."""
+    said = re.search("out of memory|not enough memory|allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def program() -> str:
@@ -244,7 +279,7 @@ def checked(cls: type, name: str, value: object, origin: str, *, parse: bool = F
             if isinstance(parts, tuple | list) and all(isinstance(part, str) for part in parts):
                 expand = os.path.expanduser if field.metadata["path"] else str
                 return tuple(map(expand, parts))
-        elif member is float and type(value) is int:
+        elif member is float and type(value) is int and abs(value) <= LARGEST_INT:
             return float(value)
         elif type(value) is member:
             return os.path.expanduser(value) if field.metadata["path"] else value

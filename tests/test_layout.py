@@ -13,7 +13,7 @@ WINGS = ("nanosynth.data", "nanosynth.training", "nanosynth.inference")
 # From the ground up. What stands on one floor does not import its neighbours there.
 FLOORS = (("model",), ("nanosynth",), WINGS, SCRIPTS, ("convert",), ("verdict",), ("benchmarks",))
 LIGHT = (
-    *("settings", "files", "table", "tokenizer", "data.sources", "data.conversations"),
+    *("settings", "terminal", "files", "table", "tokenizer", "data.sources", "data.conversations"),
     *("data.splits", "data.ngrams"),
 )
 

@@ -8,6 +8,7 @@ import torch
 from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.inference.speed import speed_up_inference
+from nanosynth.terminal import one_line
 
 
 class LoadedRun(NamedTuple):
@@ -27,13 +28,32 @@ def load(
     """
     path = checkpoint.find(run, step)
     meta = checkpoint.read_meta(path)
-    config = GPTConfig(**meta["identity"]["model"])
+    config, tensors = checked(path, meta)
     # Text is read and written with one tokenizer, so a model that lacks some of its ids is no use.
     if config.vocab_size < tokenizer.N_IDS:
         wanted = f"{tokenizer.N_IDS} or more: GPT-2's tokens and the chat marks"
         raise UserError(f"{path} has a vocabulary of {config.vocab_size}; wanted {wanted}")
     model = GPT(config)
-    model.load_state_dict(checkpoint.read_model(path, meta))
+    model.load_state_dict(tensors)
     model.to(device, dtype if cast else torch.float32).eval()
     speed_up_inference(model, dtype)
     return LoadedRun(model, path, meta)
+
+
+def checked(path: Path, meta: dict) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    """A step folder's shape and tensors; raises Damaged where the tensors are not of the shape,
+    before a model of any size is built.
+    """
+    tensors = checkpoint.read_model(path, meta)
+    try:
+        config = GPTConfig(**meta["identity"]["model"])
+        if not 1 <= config.n_layer <= len(tensors):
+            raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
+        with torch.device("meta"):  # sizes without memory
+            GPT(config).load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = one_line(str(error))[:200]
+        raise checkpoint.Damaged(
+            f"{path} does not hold the model of its meta.json: {reason}"
+        ) from None
+    return config, tensors

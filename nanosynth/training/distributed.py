@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,21 +74,46 @@ class World:
         return value
 
 
+def place_in_world(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, size, local rank) as torchrun tells them; (0, 1, 0) where it tells nothing."""
+    needed = ["RANK", "WORLD_SIZE"]
+    if not any(name in environment for name in needed):
+        return 0, 1, 0
+    if environment.get("WORLD_SIZE") != "1":
+        needed += ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    said = {name: environment.get(name, "") for name in needed}
+    try:
+        rank, size, local_rank = (
+            int(said.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+        if not all(said.values()) or not 0 <= rank < size or local_rank < 0:
+            raise ValueError
+    except ValueError:
+        found = ", ".join(f"{name}={value!r}" for name, value in said.items())
+        raise UserError(
+            f"the environment has {found}; unset them, or start by torchrun, which sets them all"
+        ) from None
+    return rank, size, local_rank
+
+
 @contextlib.contextmanager
 def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
     """The world that torchrun describes, on `device` ('auto', 'cpu', 'cuda' or 'cuda:N').
 
     A collective that takes longer than the timeout raises. After an error the process is to end.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, local_rank = place_in_world(os.environ)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
         _die_with_parent()
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        except (dist.DistError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {rank} found no other at {address}: {error}") from error
         # Ranks of a restarted group must not read what the dead one left (pytorch issue 135712).
         store = dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

@@ -3,25 +3,28 @@
 metrics.jsonl has one JSON object a line and is the truth; the console and wandb only show it.
 """
 
+import contextlib
 import errno
 import json
 import math
 import os
 import platform
 import queue
+import secrets
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from nanosynth import UserError, settings
+from nanosynth import UserError, settings, terminal
 from nanosynth.device import memory_gb, model_flops_utilisation
 from nanosynth.files import not_through_a_link, set_aside, write_atomically
 
@@ -29,7 +32,8 @@ from nanosynth.files import not_through_a_link, set_aside, write_atomically
 class MetricsFile:
     """metrics.jsonl, appended; a resumed run cuts off what the checkpoint does not know."""
 
-    def __init__(self, path: Path, resume_at: int):
+    def __init__(self, path: Path, resume_at: int, say: Callable[[str], None] = terminal.say):
+        self._say = say
         self._file = open(path, "ab", buffering=0, opener=not_through_a_link)
         self._file.truncate(min(resume_at, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
@@ -43,7 +47,7 @@ class MetricsFile:
             self._write_out()
         except OSError as error:
             if had_room:
-                print(f"metrics wait in memory, training goes on: {error}", file=sys.stderr)
+                self._say(f"metrics wait in memory, training goes on: {error}")
 
     def _write_out(self) -> None:
         while self._unwritten:
@@ -67,10 +71,9 @@ class MetricsFile:
 class WandbThread:
     """Sends records to wandb from a thread of its own: whatever wandb does, training goes on."""
 
-    def __init__(self, *, mode: str, project: str, name: str, folder: Path, config: dict):
+    def __init__(self, say: Callable[[str], None], **options: object):
         self._records: queue.Queue = queue.Queue()
-        self._options = {"mode": mode, "project": project, "name": name, "dir": str(folder)}
-        self._config = config
+        self._say, self._options = say, options
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 
@@ -85,7 +88,7 @@ class WandbThread:
         try:
             import wandb
 
-            run = wandb.init(**self._options, config=self._config, resume="allow")
+            run = wandb.init(**self._options, resume="allow")
             while (record := self._records.get()) is not None:
                 split = record["split"]
                 values = {
@@ -94,23 +97,61 @@ class WandbThread:
                 run.log(values, step=record["step"])
             run.finish()
         except BaseException as error:  # wandb may raise anything, and none of it ends a run
-            print(f"wandb stopped, training goes on: {error!r}", file=sys.stderr)
+            self._say(f"wandb stopped, training goes on: {error!r}")
 
 
 class Console:
-    """A progress bar on a terminal, plain lines in a log."""
+    """A progress bar on a terminal, plain lines in a log.
 
-    def __init__(self, first_step: int, max_steps: int):
-        self._max_steps = max_steps
-        self._bar = tqdm(  # disable=None: none where stderr is no terminal
-            initial=first_step, total=max_steps, unit="step", dynamic_ncols=True, disable=None
-        )
+    A thread of its own prints, without Python's streams and their locks: a console that is gone,
+    full or stopped neither ends nor delays the run, nor its end. What it does not take is lost.
+    """
+
+    def __init__(self):
+        self._bar = tqdm(disable=True)
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def start(self, first_step: int, max_steps: int) -> None:
+        self._calls.put(partial(self._start, first_step, max_steps))
 
     def say(self, text: str) -> None:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
+        self._calls.put(partial(self._say, text))
 
     def train(self, record: dict, eta_seconds: float) -> None:
+        self._calls.put(partial(self._train, record, eta_seconds))
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        self._calls.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            with contextlib.suppress(Exception):  # of many classes: streams', codecs', tqdm's
+                call()
+        with contextlib.suppress(Exception):
+            self._bar.close()
+
+    def _start(self, first_step: int, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self._bar = tqdm(  # disable=None: none where stderr is no terminal
+            file=open(sys.stderr.fileno(), "w", closefd=False),
+            initial=first_step,
+            total=max_steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+        )
+
+    def _say(self, text: str) -> None:
+        self._bar.clear()
+        line = f"{terminal.harmless(text)}\n".encode(sys.stdout.encoding, "backslashreplace")
+        while line:
+            line = line[os.write(sys.stdout.fileno(), line) :]
+        self._bar.refresh()
+
+    def _train(self, record: dict, eta_seconds: float) -> None:
         parts = [
             "skipped" if record["skipped"] else f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
@@ -126,13 +167,10 @@ class Console:
         if self._bar.disable:
             minutes, seconds = divmod(int(eta_seconds), 60)
             step = f"step {record['step']:>6}/{self._max_steps}"
-            print(f"{step} | {text} | {minutes}m{seconds:02d}s left", flush=True)
+            self._say(f"{step} | {text} | {minutes}m{seconds:02d}s left")
         else:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(record["step"] + 1 - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 class Outputs(NamedTuple):
@@ -227,12 +265,17 @@ class RunLog:
             self._outputs.wandb.log(finite)
 
     def close(self) -> None:
-        for output in self._outputs or ():
+        file, console, wandb = self._outputs or (None, None, None)
+        for output in (
+            wandb,
+            console,
+            file,
+        ):  # in this order: each tells of its trouble by the next
             if output:
                 output.close()
 
 
-def make_way(run_dir: Path, say: Callable[[str], None] = print) -> None:
+def make_way(run_dir: Path, say: Callable[[str], None] = terminal.say) -> None:
     """Before the first step of a run: keep the metrics of one that ended before its first
     checkpoint, and raise UserError where config.json or metrics.jsonl is somebody else's.
     """
@@ -256,12 +299,15 @@ def _starts(config: Path) -> list[dict]:
     return starts if are_ours else []
 
 
-def write_config(path: Path, facts: dict, *, first_step: int) -> None:
-    """config.json: `facts`, versions, and each start of the run with its command and commit.
+def write_config(path: Path, facts: dict, *, first_step: int) -> str:
+    """config.json: `facts`, versions, and each start of the run with its command and commit; the
+    run's id, which all its starts share.
 
     A resumed run has several starts, on other devices perhaps. Names no host and no user.
     """
+    earlier = _starts(path)
     this = {
+        "id": str(earlier and earlier[-1].get("id") or secrets.token_hex(8)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": settings.command_line(),
         "commit": commit(Path(__file__).parent),
@@ -275,8 +321,9 @@ def write_config(path: Path, facts: dict, *, first_step: int) -> None:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    content = {**facts, **versions, "starts": [*_starts(path), this]}
+    content = {**facts, **versions, "starts": [*earlier, this]}
     write_atomically(path, json.dumps(content, indent=2))
+    return this["id"]
 
 
 def commit(folder: Path) -> str | None:

@@ -49,7 +49,7 @@ def test_throughput_is_tokens_over_elapsed_time():
 
 def test_a_record(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    log = run_log(Outputs(file, Console(0, 10), None), peak=None)
+    log = run_log(Outputs(file, Console(), None), peak=None)
     log.train({"step": 0, "lr": 0.5, "rows": [1]}, stats(), n_tokens=10, flops=1.0)
     bad = stats(loss=math.nan, grad_norm=math.inf, n_skipped=2.0)
     log.train({"step": 1, "lr": 0.5, "rows": [2, 3]}, bad, n_tokens=10, flops=1.0)

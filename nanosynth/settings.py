@@ -123,6 +123,7 @@ def one_line_errors() -> Iterator[None]:
     name = program().removeprefix("-m ")
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         code = f"{name}: error: {error}"
     except KeyboardInterrupt:
@@ -139,10 +140,9 @@ def one_line_errors() -> Iterator[None]:
     else:
         code = 0
     finally:
-        terminal.flush_streams()
+        terminal.drop_unprinted()
     if isinstance(code, str):
         terminal.say(terminal.one_line(code), to_stderr=True)
-        terminal.flush_streams()
         code = 1
     if code:
         sys.exit(code)

@@ -45,10 +45,11 @@ def say(text: str, *, to_stderr: bool = False) -> None:
     """Print a line; one that cannot be printed is lost, and ends nothing."""
     with contextlib.suppress(OSError):
         print(harmless(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    drop_unprinted()
 
 
-def flush_streams() -> None:
-    """At a program's end: what can't be printed is dropped; Python would exit with 120 for it."""
+def drop_unprinted() -> None:
+    """Let go of what a stream could not print: Python would exit with 120 for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

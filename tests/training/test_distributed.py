@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from nanosynth import checkpoint
+from nanosynth import UserError, checkpoint
 from nanosynth.training import distributed
 from tiny import ALONE, REPO, RUN, flags, losses, read_metrics, torchrun, train_run
 
@@ -23,6 +23,43 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
         assert world.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert world.any(True) and not world.any(False)
         assert world.from_main(("x", None)) == ("x", None)
+
+
+ALL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+
+
+def test_a_place_in_the_world():
+    assert distributed.place_in_world({}) == (0, 1, 0)
+    assert distributed.place_in_world({"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1, 0)
+    assert distributed.place_in_world(ALL) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: None} for name in ALL),
+        *({name: "abc"} for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+        *({"WORLD_SIZE": "0"}, {"RANK": "-1"}, {"RANK": "2"}, {"LOCAL_RANK": "-1"}),
+        *({"MASTER_ADDR": ""}, {"WORLD_SIZE": "1"}, {"RANK": ""}, {"WORLD_SIZE": "1" * 5000}),
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_an_incomplete_or_absurd_world_is_refused(changes, monkeypatch):
+    for name, value in (ALL | changes).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the environment has .*; unset them, or start by torchrun"):
+        distributed.start("cpu").__enter__()
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank():
+    def refuse():
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        ALONE.on_main(refuse)
+    assert ALONE.on_main(lambda: 7) == 7
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

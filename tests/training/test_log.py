@@ -112,6 +112,8 @@ def test_a_run_keeps_its_starts(tiny_bins, tmp_path):
     assert [start["first_step"] for start in config["starts"]] == [0, 3]
     assert all(start["command"] and start["date"] for start in config["starts"])
     assert config["torch"] == torch.__version__ and config["python"]
+    first, second = (start["id"] for start in config["starts"])  # wandb goes on with the same run
+    assert first == second != starts(tmp_path / "other.json")[0]["id"] and len(first) == 16
 
 
 def test_the_command_is_kept_as_it_was_given(tmp_path, monkeypatch):

@@ -62,12 +62,11 @@ def run(script: str, flags: list[str], capfd) -> Ended:
 
 
 def contents(*folders: Path) -> dict[str, object]:
-    """Every name below, with a file's bytes or a link's target."""
+    """Every file below with its bytes, and every link."""
     found: dict[str, object] = {}
-    for folder in folders:
-        for path in (folder, *folder.rglob("*")):
-            is_file = path.is_file() and not path.is_symlink()
-            found[str(path)] = path.read_bytes() if is_file else path.is_symlink()
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            found[str(path)] = path.is_symlink() or path.read_bytes()
     return found
 
 

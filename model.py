@@ -1,7 +1,7 @@
 """GPT-2: the model, its key-value cache, and the counts that throughput figures stand on.
 
-Learned positions, pre-norm LayerNorm, tanh-approximated GELU, tied embedding; state-dict names as
-in nanoGPT, so weights move to and from it and Hugging Face's GPT2LMHeadModel. Imports torch only.
+Learned positions, pre-norm LayerNorm, GELU, tied embedding; state-dict names as in nanoGPT, so
+weights move to and from it and Hugging Face's GPT2LMHeadModel. Imports torch only.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary, L layers,
 S cached time, N scored positions.
@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# torch's name of each: GPT-2 was trained with the tanh approximation, nanoGPT computes it exactly.
+GELUS = {"gelu_tanh": "tanh", "gelu": "none"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
@@ -26,6 +29,7 @@ class GPTConfig:
     vocab_size: int
     dropout: float = 0.0
     bias: bool = True  # in every Linear and LayerNorm, as GPT-2 has it
+    activation: str = "gelu_tanh"  # one of GELUS
 
 
 KEY_STEP = 128  # keys of a cached attention are a multiple of it
@@ -124,10 +128,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = GELUS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, T, C) -> (B, T, 4C) -> (B, T, C). GPT-2 was trained with the tanh approximation.
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):

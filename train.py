@@ -42,6 +42,9 @@ class TrainConfig(settings.Settings):
     block_size: int = setting(2048, "context, in tokens", at_least=1, at_most=10_000_000)
     dropout: float = setting(0.0, "0 for one epoch; 0.1 or so for several", at_least=0, below=1)
     bias: bool = setting(True, "biases in Linear and LayerNorm, as GPT-2 has them")
+    activation: Literal["gelu_tanh", "gelu"] = setting(
+        "gelu_tanh", "GPT-2's tanh approximation of GELU, or the exact one, as nanoGPT has it"
+    )
 
     rows_per_step: int = setting(
         0, "rows a step, over all GPUs; 0: 32", group="The batch", at_least=0, at_most=LARGEST_STEP
@@ -546,6 +549,7 @@ def model_config(config: TrainConfig) -> GPTConfig:
         vocab_size=tokenizer.VOCAB_SIZE,
         dropout=config.dropout,
         bias=config.bias,
+        activation=config.activation,
     )
 
 

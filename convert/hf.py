@@ -7,11 +7,9 @@ Usage:
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +25,17 @@ class HFConfig(settings.Settings):
     step: str = setting("best", "which checkpoint of it: best, latest or a step's number")
     source: str = setting("", "with config.json and weights", group="A GPT-2 to bring", path=True)
     to: str = setting("", "a new or empty folder", group="What is written", path=True)
+    license: str = setting("", "the model card's licence field, as mit; with --run")
+    license_file: str = setting("", "the licence's text, to become LICENSE; with --run", path=True)
 
     def check(self) -> None:
         if bool(self.run) == bool(self.source):
             raise UserError("wanted one of --run=RUN (to export it) and --source=FOLDER (to bring)")
         if self.source and self.step != "best":
             self.refuse("step", "it goes with --run; --source has one set of weights")
+        for name in ("license", "license_file"):
+            if self.source and getattr(self, name):
+                self.refuse(name, "it goes with --run")
         if not self.to:
             raise UserError("wanted --to=FOLDER, a new one")
         if not importlib.util.find_spec("transformers"):
@@ -48,56 +51,78 @@ from torch import Tensor
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import load_state_dict
 
-from convert import hf_tokenizer
+from convert import card, hf_tokenizer, runs
 from convert.hf_tokenizer import read_json
+from convert.runs import HEAD, WTE, one_line
 from nanosynth import checkpoint, tokenizer
 from nanosynth.files import new_folder
+from sample import SampleConfig
 
 transformers.logging.set_verbosity_error()  # what is wrong is said here, in one line
 transformers.logging.disable_progress_bar()
 
-WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MASK = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old files store
+# Where a folder's weights are, the first that is there counts. An index names files of its folder.
+INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SOURCES = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX, "*.safetensors", "*.bin")
 # What our GPT-2 computes. Where a config.json is silent, it means GPT2Config's default.
 OURS: dict[str, tuple] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "vocab_size": (tokenizer.END_OF_TEXT + 1, tokenizer.VOCAB_SIZE),  # OpenAI's and ours
+}
+# Their names of our two activations; the first of each is written.
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+}
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+MASK = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old files store
+# Another form of a model, by a file of its own; what to do first.
+FOREIGN = {
+    "adapter_config.json": "an adapter; merge it into its model first (peft's merge_and_unload)",
+    "quantize_config.json": "a quantised model; bring the one that it was made from",
+    "ckpt.pt": "nanoGPT's; use python -m convert.nanogpt --source={folder}/ckpt.pt --to=...",
 }
 
 
-def export_run(run: str, step: str, folder: Path) -> str:
+def export_run(config: HFConfig, folder: Path) -> str:
     """Write a run's checkpoint into an empty folder as transformers reads it; what was written."""
-    path = checkpoint.find(run, step)
+    path = checkpoint.find(config.run, config.step)
     meta = checkpoint.read_meta(path)
     shape = meta["identity"]["model"]
-    if shape["vocab_size"] != tokenizer.VOCAB_SIZE:
+    if shape["vocab_size"] < tokenizer.N_IDS:
         found = f"{path} has a vocabulary of {shape['vocab_size']}"
-        raise UserError(f"{found}; the tokenizer's model has {tokenizer.VOCAB_SIZE}")
-    model = to_hf(shape, checkpoint.read_model(path, meta))
-    model.save_pretrained(folder)
-    # safetensors makes a file that its owner alone may read.
-    shutil.copymode(folder / "config.json", folder / WEIGHTS)
+        raise UserError(f"{found}; the tokenizer has {tokenizer.N_IDS} tokens")
+    tensors = checkpoint.read_model(path, meta)
+    for name, tensor in tensors.items():
+        runs.check_finite(name, tensor, str(path))
+    model = to_hf(shape, tensors)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    for weights in folder.glob("*.safetensors"):  # which its owner alone may read
+        shutil.copymode(folder / "config.json", weights)
     hf_tokenizer.save(folder, shape["block_size"])
+    card.write(folder, path, meta, config.license, config.license_file)
     filled = "" if shape["bias"] else "; it has no biases, zeros stand for them"
     return f"{path}, {model.num_parameters():,} parameters in float32{filled}"
 
 
 def to_hf(shape: dict, tensors: dict[str, Tensor]) -> GPT2LMHeadModel:
-    """transformers' GPT-2 of our tensors; zeros stand for absent biases, they add nothing."""
+    """transformers' GPT-2 of our tensors, without the embedding's padding; zeros stand for absent
+    biases, they add nothing.
+    """
     ids = dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
     config = GPT2Config(
-        **{name: shape[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
+        **{name: shape[name] for name in ("n_layer", "n_head", "n_embd")},
+        vocab_size=tokenizer.N_IDS,
         n_positions=shape["block_size"],
         n_ctx=shape["block_size"],  # llama.cpp's converter reads this one
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), shape["dropout"]),
+        activation_function=next(n for n in ACTIVATIONS if ACTIVATIONS[n] == shape["activation"]),
+        **dict.fromkeys(DROPOUTS, shape["dropout"]),
         eos_token_id=tokenizer.IM_END,
         **ids,
     )
@@ -105,11 +130,15 @@ def to_hf(shape: dict, tensors: dict[str, Tensor]) -> GPT2LMHeadModel:
         model = GPT2LMHeadModel(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     zeros = {name: torch.zeros(shapes[name]) for name in shapes if name.endswith("bias")}
-    model.load_state_dict(zeros | swap_layout(tensors), assign=True)
+    embedding = dict.fromkeys((WTE, HEAD), tensors[WTE][: tokenizer.N_IDS].contiguous())
+    model.load_state_dict(zeros | swap_layout(tensors) | embedding, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=SampleConfig.temperature,
+        top_p=SampleConfig.top_p,
+        top_k=SampleConfig.top_k,  # transformers' own default is 50
         eos_token_id=list(tokenizer.STOP_IDS),
-        suppress_tokens=list(range(tokenizer.N_IDS, tokenizer.VOCAB_SIZE)),  # rows of no token
         **ids,
     )
     return model
@@ -127,88 +156,99 @@ def swap_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def bring_model(source: Path, folder: Path, name: str) -> str:
     """Make a run of one checkpoint in `folder` from a GPT-2 of transformers; what was read."""
+    for file, what in FOREIGN.items():
+        if (source / file).exists():
+            raise UserError(f"{source / file} is {what.format(folder=source)}")
     config = read_config(source / "config.json")
-    tokenizer_file = hf_tokenizer.check(source)
     files = weight_files(source)
     tensors = from_hf(config, read_tensors(files))
+    tokenizer_file, chat_rows = hf_tokenizer.check(source, config.vocab_size)
+    tensors[WTE] = tensors[HEAD] = runs.lay_out(tensors[WTE], chat_rows)
     shape = {
         **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
         "block_size": config.n_positions,
-        "vocab_size": tokenizer.VOCAB_SIZE,
         "dropout": float(config.resid_pdrop),
         "bias": True,
+        "activation": ACTIVATIONS[config.activation_function],
     }
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    facts = {
-        "settings": {**shape, "data_dir": "", "out_dir": name},
-        "source": {"folder": str(source), "sha256": hashes},
-        "torch": str(torch.__version__),
-    }
-    # Nothing of how it was trained is known, so no run goes on from it; --init_from takes it.
-    unknown = dict.fromkeys(("seed", "rows_per_step", "loss_on", "optimizer", "data_sha256"))
-    meta = {"val_loss": None, "identity": {"model": shape, **unknown}, **facts}
-    checkpoint.save(folder, 0, model=tensors, train_state={}, meta=meta)
-    checkpoint.prune(folder, keep_last=1)
-    n_parameters = sum(tensor.numel() for tensor in tensors.values()) - tensors[HEAD].numel()
-    facts |= {"parameters": n_parameters, "max_steps": 0}
-    (folder / "config.json").write_text(json.dumps(facts, indent=2))
+    origin = {"folder": str(source), "sha256": hashes}
+    n_parameters = runs.write(folder, name, shape, tensors, origin)
     said = f"its {tokenizer_file} is" if tokenizer_file else "it has no tokenizer, assumed is"
-    return f"{source}, {n_parameters:,} parameters; {said} GPT-2's"
+    dropouts = {name: getattr(config, name) for name in DROPOUTS}
+    differ = f"; its dropouts {dropouts} became the first" if len({*dropouts.values()}) > 1 else ""
+    return f"{source}, {n_parameters:,} parameters; {said} GPT-2's{differ}"
 
 
 def read_config(path: Path) -> GPT2Config:
     """A config.json's settings of the model; those that our GPT-2 cannot have are refused."""
     content = read_json(path)
-    if content.get("model_type") != "gpt2":
-        raise UserError(f"{path} has model_type={content.get('model_type')!r}; wanted 'gpt2'")
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "resid_pdrop")
-    read = {name: content[name] for name in (*sizes, "n_inner", *OURS) if name in content}
+    if (kind := content.get("model_type", "gpt2")) != "gpt2":  # the oldest files don't say it
+        raise UserError(f"{path} has model_type={kind!r}; wanted 'gpt2'")
+    if "quantization_config" in content:
+        raise UserError(f"{path} is of a quantised model; bring the one that it was made from")
+    if "n_ctx" in content and not {"n_positions", "max_position_embeddings"} & content.keys():
+        content["n_positions"] = content["n_ctx"]
+    wanted = (*SIZES, *GPT2Config.attribute_map, *DROPOUTS, *OURS, "vocab_size", "n_inner")
+    read = {name: content[name] for name in (*wanted, "activation_function") if name in content}
     try:
         config = GPT2Config(**read)
     except Exception as error:  # a value of a wrong type; the class is huggingface_hub's
         raise UserError(f"{path} is refused by transformers: {one_line(str(error))}") from None
-    for name, values in {**OURS, "n_inner": (None, 4 * config.n_embd)}.items():
+    own = {"activation_function": tuple(ACTIVATIONS), "n_inner": (None, 4 * config.n_embd)}
+    for name, values in {**OURS, **own}.items():
         if (value := getattr(config, name)) not in values:
             either = " or ".join(map(repr, values))
             raise UserError(f"{path} has {name}={value!r}; our GPT-2 has {either}")
-    *numbers, dropout = (getattr(config, name) for name in sizes)
-    if min(numbers) < 1 or config.n_embd % config.n_head or not 0 <= dropout < 1:
-        found = ", ".join(f"{name}={getattr(config, name)}" for name in sizes)
+    if not runs.N_BPE <= config.vocab_size <= runs.MOST_ROWS:
+        wanted = f"{runs.N_BPE} to {runs.MOST_ROWS}, GPT-2's and a few"
+        raise UserError(f"{path} has vocab_size={config.vocab_size}; wanted {wanted}")
+    numbers = [getattr(config, name) for name in SIZES]
+    if min(numbers) < 1 or config.n_embd % config.n_head or not 0 <= config.resid_pdrop < 1:
+        found = ", ".join(f"{name}={getattr(config, name)}" for name in (*SIZES, "resid_pdrop"))
         wanted = "1 or more of each, n_embd divisible by n_head, a dropout of 0 or more, below 1"
         raise UserError(f"{path} has {found}; wanted {wanted}")
     return config
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors: safetensors, whole or in shards, else a pickle."""
-    names = [name for name in (WEIGHTS, INDEX, PICKLE) if (folder / name).is_file()][:1]
-    if not names:
-        raise UserError(f"no weights in {str(folder)!r}; wanted {WEIGHTS}, {INDEX} or {PICKLE}")
-    if names == [INDEX]:
-        places = read_json(folder / INDEX).get("weight_map")
-        names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise UserError(f"{folder / INDEX} names no files of its folder (weight_map)")
+    """The files that hold a folder's tensors."""
+    found = next(filter(None, ([*folder.glob(name)] for name in SOURCES)), [])
+    if len(found) != 1:
+        there = ", ".join(sorted(path.name for path in found or folder.iterdir()))
+        wanted = f"{WEIGHTS} or {PICKLE}, or shards and their index"
+        raise UserError(f"no weights in {str(folder)!r}, which has {there}; wanted {wanted}")
+    if found[0].name not in (INDEX, PICKLE_INDEX):
+        return found
+    places = read_json(found[0]).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{found[0]} names no files of its folder (weight_map)")
     return [folder / name for name in names]
 
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     """The tensors of `weight_files`, on the CPU. A pickle is read without running code of it."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_state_dict(file, weights_only=True)
+            found = load_state_dict(file, weights_only=True)
+            twice = tensors.keys() & found.keys()
+            tensors |= found
         except Exception as error:  # of many classes, each library has its own
             reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
             wrong = one_line(f"{type(error).__name__}: {reason}")
             raise UserError(f"{file} cannot be read: {wrong}") from None
+        if twice:
+            raise UserError(f"{file} has {min(twice)}, and another file of the folder has it too")
     return tensors
 
 
 def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a GPT2LMHeadModel, or of its bare GPT2Model, as ours in float32.
 
-    Not by from_pretrained: it starts what is absent at random and casts any type to any other.
+    Not by from_pretrained, which starts what is absent at random, casts any type to any other,
+    takes either of two tensors of one name, and follows an index out of its folder.
     """
     is_bare = not any(str(name).startswith("transformer.") for name in found)
     tensors = {
@@ -216,9 +256,7 @@ def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in found.items()
         if not MASK.search(str(name))
     }
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
-            raise UserError(f"--source has {name} in {tensor.dtype}; wanted one of {DTYPES}")
+    runs.to_float32(tensors, "--source")
     tensors.setdefault(HEAD, tensors.get(WTE))
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
@@ -229,31 +267,14 @@ def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
         raise UserError(f"--source has not the tensors of its config.json: {wrong}") from None
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"--source has {HEAD} apart from {WTE}; our GPT-2 ties the two")
-    ours = swap_layout({name: tensor.float() for name, tensor in model.state_dict().items()})
-    ours[WTE] = ours[HEAD] = add_rows(ours[WTE], tokenizer.VOCAB_SIZE)
-    return ours
-
-
-def add_rows(embedding: Tensor, n_rows: int) -> Tensor:
-    """An embedding with new rows, each the mean of the old ones.
-
-    The logit of a mean row is the mean of the old logits, so by Jensen's inequality a new row is
-    never likelier than the average old one: k new rows beside n take less than k/n of the
-    probability. Zero rows would have logit 0, and GPT-2's logits lie far below that.
-    """
-    mean = embedding.double().mean(dim=0).float()
-    return torch.cat([embedding, mean.expand(n_rows - len(embedding), -1)])
-
-
-def one_line(text: str) -> str:
-    return textwrap.shorten(text, 300, placeholder=" ...")
+    return swap_layout(model.state_dict())
 
 
 def main(config: HFConfig) -> None:
     try:
         with new_folder(Path(os.path.abspath(config.to))) as folder:
             if config.run:
-                said = export_run(config.run, config.step, folder)
+                said = export_run(config, folder)
             else:
                 said = bring_model(Path(config.source), folder, config.to)
     except OSError as error:

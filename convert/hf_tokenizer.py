@@ -10,15 +10,30 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from convert import runs
 from nanosynth import UserError, tokenizer
 
 END_OF_TEXT, IM_START, IM_END = (
     tokenizer.decode([id]) for id in (tokenizer.END_OF_TEXT, tokenizer.IM_START, tokenizer.IM_END)
 )
+MARKS = {tokenizer.IM_START: IM_START, tokenizer.IM_END: IM_END}
 # Equal to tokenizer.prompt_ids where a prompt is asked for, else to tokenizer.encode_conversations.
+# What stands between the marks of a generation has mask 1, for trainers that learn answers alone.
+# A content may be a list of parts; a part that is no text is refused, not left out.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% set content = message['content'] or '' %}"
+    "{% if content is not string %}"
+    "{% for part in content if part['type'] != 'text' %}"
+    "{{ raise_exception('wanted text, found a part of type ' + part['type']) }}"
+    "{% endfor %}"
+    "{% set content = content | map(attribute='text') | join %}"
+    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ content + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% else %}{{ '<|endoftext|>' }}{% endif %}"
@@ -73,18 +88,28 @@ def save(folder: Path, block_size: int) -> None:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    # As text, not as pairs, which the tokenizers of transformers before 4.45 cannot read.
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     for_others = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4, too
         "additional_special_tokens": [IM_START, IM_END],
         "add_bos_token": False,  # llama.cpp's converter reads it
+        # transformers 4 would add token_type_ids, for which its GPT-2 adds an embedding.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | for_others, indent=2) + "\n")
 
 
-def check(folder: Path) -> str:
-    """Which file shows that a folder's tokenizer is GPT-2's, or ''; another one is refused."""
+def check(folder: Path, n_rows: int) -> tuple[str, dict[int, int]]:
+    """Which file shows that a folder's tokenizer is GPT-2's, or '', and the id there of each chat
+    mark that it has. Other tokens are refused, but for those that stand in no text: pad and unk.
+    """
     ours, theirs = gpt2_bpe(), None
+    described = _read_if_there(folder / "tokenizer_config.json")
     if (path := folder / "tokenizer.json").is_file():
         try:
             theirs = Tokenizer.from_file(str(path))
@@ -92,18 +117,39 @@ def check(folder: Path) -> str:
             raise UserError(f"{path} cannot be read: {error}") from None
         found = theirs.get_vocab()
     elif (path := folder / "vocab.json").is_file():
-        added = folder / "added_tokens.json"
-        found = read_json(path) | (read_json(added) if added.is_file() else {})
+        found = read_json(path) | _read_if_there(folder / "added_tokens.json")
+    elif n_rows in (runs.N_BPE, tokenizer.N_IDS, tokenizer.VOCAB_SIZE):
+        return "", runs.same_rows(n_rows)
     else:
-        return ""
-    wanted = ours.get_vocab()
-    absent = wanted.keys() - found.keys() - {END_OF_TEXT, IM_START, IM_END}
+        said = f"{folder} has {n_rows:,} tokens and no tokenizer, so the last are unknown"
+        raise UserError(f"{said}; wanted {runs.N_BPE:,} tokens, or tokenizer.json beside them")
+    added = described.get("added_tokens_decoder", {})
+    found |= {_text_of(token): int(id) for id, token in added.items()}
+    chat_rows = {
+        id: found.pop(text) for id, text in MARKS.items() if found.get(text, n_rows) < n_rows
+    }
+    special = described | _read_if_there(folder / "special_tokens_map.json")
+    for role in ("pad_token", "unk_token"):
+        if found.get(text := _text_of(special.get(role)), 0) >= runs.N_BPE:
+            del found[text]
+    wanted = {token: id for token, id in ours.get_vocab().items() if id < tokenizer.END_OF_TEXT}
+    absent = wanted.keys() - found.keys()
+    wanted[END_OF_TEXT] = tokenizer.END_OF_TEXT
     if wrong := [token for token in found if found[token] != wanted.get(token)] or sorted(absent):
         first = f"{wrong[0]!r} is id {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
         raise UserError(f"{path} is not GPT-2's tokenizer in {len(wrong):,} tokens: {first}")
     if theirs and _merges_of(theirs) != _merges_of(ours):
         raise UserError(f"{path} has other merges than GPT-2's; wanted GPT-2's tokenizer")
-    return path.name
+    return path.name, chat_rows
+
+
+def _text_of(token: str | dict | None) -> str | None:
+    """A special token's text, which files have bare or in an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def _merges_of(bpe: Tokenizer) -> list | None:

@@ -31,6 +31,7 @@ ANEW = "bring one back, or start anew with another --out_dir"
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
 NAME = re.compile("step_([0-9]{6}|[1-9][0-9]{6,})")  # of a step's folder; as `folder` gives it
 META_KEYS = {"format_version", "step", "aliases", "files", "val_loss", "identity"}
+OLD_MODEL = {"activation": "gelu_tanh"}  # what a model was before its settings had the key
 
 
 class Damaged(UserError):
@@ -171,6 +172,8 @@ def read_meta(path: Path) -> dict:
         raise Damaged(f"{path / META} is not as it was written")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; wanted {FORMAT_VERSION}")
+    if "model" in meta["identity"]:
+        meta["identity"]["model"] = OLD_MODEL | meta["identity"]["model"]
     return meta
 
 

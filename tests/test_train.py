@@ -1,5 +1,6 @@
 import errno
 import functools
+import json
 import math
 import os
 import shutil
@@ -264,6 +265,25 @@ def test_a_run_of_another_identity_is_refused(tiny_bins, run_dir, tmp_path, chan
     with pytest.raises(UserError, match="was made with .* this run has .*--out_dir"):
         train_run(tiny_bins, out_dir, **changes)
     assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
+
+
+def test_the_activation_is_the_models_own_and_old_runs_have_tanh(tiny_bins, run_dir, tmp_path):
+    """A run saved before models had the setting goes on as it was, and as nothing else."""
+    out_dir = shutil.copytree(run_dir, tmp_path / "run")
+    for path in out_dir.glob("step_*"):
+        meta = json.loads((path / checkpoint.META).read_text())
+        del meta["identity"]["model"]["activation"], meta["meta_sha256"]
+        (path / checkpoint.META).write_bytes(checkpoint._serialise(meta))
+    with pytest.raises(
+        UserError, match="was made with model=.*'gelu_tanh'.* this run has .*'gelu'"
+    ):
+        train_run(tiny_bins, out_dir, activation="gelu")
+    assert train_run(tiny_bins, out_dir, max_steps=8)[-1]["step"] == 8
+    with pytest.raises(UserError, match="another shape; its settings are --activation=gelu_tanh"):
+        train_run(tiny_bins, tmp_path / "exact", init_from=str(out_dir), activation="gelu")
+    train_run(tiny_bins, tmp_path / "exact", activation="gelu")
+    path = tmp_path / "exact" / "step_000006"
+    assert checkpoint.read_meta(path)["identity"]["model"]["activation"] == "gelu"
 
 
 def test_resume_never_and_a_run_in_the_way(tiny_bins, run_dir, tmp_path):

@@ -1,0 +1,115 @@
+"""A model card of what a run's folder knows, and the licence that the user names."""
+
+import json
+import shutil
+from pathlib import Path
+
+from nanosynth import UserError
+from nanosynth.data import bins
+from nanosynth.table import table
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{license}---
+
+# {name}
+
+A GPT-2 of {shape}, by nanosynth. It answers in ChatML:
+
+```python
+from transformers import pipeline
+
+ask = pipeline("text-generation", "THIS FOLDER")
+print(ask([{{"role": "user", "content": "What is 7 + 5?"}}]))
+```
+
+## Data
+
+{data}
+
+## Recipe
+
+{recipe}
+
+## Figures
+
+{figures}
+
+## Limits
+
+- It says what is false as fluently as what is true. No human has judged whether it is safe.
+- Its context is {block_size} tokens; past that, a text has to be cut.
+- `<|im_start|>`, `<|im_end|>` and `<|endoftext|>` typed in a text are read as the tokens.
+- llama.cpp merges newlines that open a message with the one before them, which training did not.
+"""
+RECIPE = (
+    *("rows_per_step", "block_size", "max_steps", "epochs", "optimizer", "learning_rate"),
+    *("min_learning_rate", "warmup_steps", "decay", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("dropout", "loss_on", "seed", "init_from"),
+)
+DATA = (
+    "source",
+    "folder",
+    "revision",
+    "commit",
+    "sha256",
+    "rows_read",
+    "rows_kept",
+    "template",
+    "seed",
+)
+
+
+def write(folder: Path, path: Path, meta: dict, license: str, license_file: str) -> None:
+    """README.md, and LICENSE where the user has one, of the step folder `path` of this `meta`."""
+    if license_file:
+        try:
+            shutil.copyfile(license_file, folder / "LICENSE")
+        except OSError as error:
+            raise UserError(f"--license_file={license_file} cannot be read: {error}") from None
+    shape, settings = meta["identity"]["model"], meta["settings"]
+    text = CARD.format(
+        license=f"license: {license}\n" if license else "",
+        name=path.parent.name,
+        shape=f"{shape['n_layer']} layers, {shape['n_head']} heads and {shape['n_embd']} channels",
+        data=_rows(_data(settings["data_dir"]) | meta.get("source", {}), DATA) or "Not known here.",
+        recipe=_rows(settings | {"step": meta["step"]}, ("step", *RECIPE)),
+        figures=_figures(path),
+        block_size=shape["block_size"],
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _data(data_dir: str) -> dict:
+    try:
+        return bins.read_meta(data_dir)
+    except UserError:
+        return {}  # the run was moved, or came from elsewhere
+
+
+def _rows(facts: dict, names: tuple[str, ...]) -> str:
+    found = {name: facts[name] for name in names if facts.get(name) not in (None, "")}
+    return "\n".join(f"- {name}: {json.dumps(value)}" for name, value in found.items())
+
+
+def _figures(path: Path) -> str:
+    """The verdict's criteria on the run, from the report beside the step folder."""
+    unknown = f"Not judged yet: `python -m verdict --run={path.parent}`."
+    try:
+        report = json.loads((path.parent / "report.json").read_bytes())
+        rows = [["criterion", "threshold", "figure", "95% interval", "verdict"]]
+        for judged in report["criteria"]:
+            interval = " to ".join(f"{end:.4g}" for end in judged["interval"] or ())
+            figure = "-" if judged["figure"] is None else f"{judged['figure']:.4g}"
+            rows.append(
+                [judged["criterion"], judged["threshold"], figure, interval, judged["verdict"]]
+            )
+        how = [f"- {name}: {text}" for name, text in report["how"].items()]
+        return "\n".join([table(rows, left=(0, 1, 4), markdown=True), "", *how])
+    except FileNotFoundError:
+        return unknown
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path.parent / 'report.json'} is no report ({error!r}); {unknown}"
+        ) from None

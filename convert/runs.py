@@ -1,0 +1,78 @@
+"""A model from elsewhere as a run of one checkpoint, its embedding laid out as ours."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanosynth import UserError, checkpoint, tokenizer
+
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+N_BPE = tokenizer.END_OF_TEXT + 1  # tokens of GPT-2
+MOST_ROWS = 50_432  # N_BPE padded to a multiple of 128, and some added tokens
+
+
+def to_float32(tensors: dict[str, Tensor], place: str) -> None:
+    """Cast tensors in place; integers, which are quantised, and what is not finite are refused."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue  # load_state_dict refuses it by name
+        if tensor.dtype not in DTYPES:
+            wanted = ", ".join(map(str, DTYPES))
+            raise UserError(f"{place} has {name} in {tensor.dtype}; wanted one of {wanted}")
+        tensors[name] = tensor.float()
+        check_finite(name, tensors[name], place)
+
+
+def check_finite(name: str, tensor: Tensor, place: str) -> None:
+    if n_wrong := tensor.numel() - int(tensor.isfinite().sum()):
+        wrong = f"{n_wrong:,} of its {tensor.numel():,} numbers are NaN or infinite in float32"
+        raise UserError(f"{place} has {name}, but {wrong}")
+
+
+def lay_out(embedding: Tensor, chat_rows: dict[int, int]) -> Tensor:
+    """GPT-2's embedding as ours: `chat_rows` says which of its rows stands for each chat mark.
+
+    Rows of no token of ours become padding, as many as there is place for. Rows that are left are
+    the mean of GPT-2's: the logit of a mean row is the mean of the logits, so by Jensen's
+    inequality a new row is never likelier than the average old one: k new rows beside n take less
+    than k/n of the probability. Zero rows would have logit 0, and GPT-2's logits lie far below.
+    """
+    mean = embedding[:N_BPE].double().mean(dim=0).float()
+    rows = torch.cat([embedding[:N_BPE], mean.expand(tokenizer.VOCAB_SIZE - N_BPE, -1)])
+    others = sorted(set(range(N_BPE, len(embedding))) - set(chat_rows.values()))
+    padding = range(tokenizer.N_IDS, tokenizer.VOCAB_SIZE)
+    for ours, theirs in [*chat_rows.items(), *zip(padding, others, strict=False)]:
+        rows[ours] = embedding[theirs]
+    return rows
+
+
+def same_rows(n_rows: int) -> dict[int, int]:
+    """The `chat_rows` of an embedding whose ids are ours."""
+    return {id: id for id in (tokenizer.IM_START, tokenizer.IM_END) if id < n_rows}
+
+
+def write(folder: Path, name: str, shape: dict, tensors: dict[str, Tensor], source: dict) -> int:
+    """Make `folder`, which will be `name`, a run of one checkpoint; its number of parameters."""
+    settings = {**shape, "vocab_size": tokenizer.VOCAB_SIZE}
+    facts = {
+        "settings": {**settings, "data_dir": "", "out_dir": name},
+        "source": source,
+        "torch": str(torch.__version__),
+    }
+    # Nothing of how it was trained is known, so no run goes on from it; --init_from takes it.
+    unknown = dict.fromkeys(("seed", "rows_per_step", "loss_on", "optimizer", "data_sha256"))
+    meta = {"val_loss": None, "identity": {"model": settings, **unknown}, **facts}
+    checkpoint.save(folder, 0, model=tensors, train_state={}, meta=meta)
+    checkpoint.prune(folder, keep_last=1)
+    n_parameters = sum(tensor.numel() for tensor in tensors.values()) - tensors[HEAD].numel()
+    facts |= {"parameters": n_parameters, "max_steps": 0}
+    (folder / "config.json").write_text(json.dumps(facts, indent=2))
+    return n_parameters
+
+
+def one_line(text: str) -> str:
+    return textwrap.shorten(text, 300, placeholder=" ...")

@@ -86,7 +86,6 @@ MASK = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old file
 FOREIGN = {
     "adapter_config.json": "an adapter; merge it into its model first (peft's merge_and_unload)",
     "quantize_config.json": "a quantised model; bring the one that it was made from",
-    "ckpt.pt": "nanoGPT's; use python -m convert.nanogpt --source={folder}/ckpt.pt --to=...",
 }
 
 
@@ -158,7 +157,8 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
     """Make a run of one checkpoint in `folder` from a GPT-2 of transformers; what was read."""
     for file, what in FOREIGN.items():
         if (source / file).exists():
-            raise UserError(f"{source / file} is {what.format(folder=source)}")
+            raise UserError(f"{source / file} is {what}")
+    checkpoint.refuse_nanogpt(source)
     config = read_config(source / "config.json")
     files = weight_files(source)
     tensors = from_hf(config, read_tensors(files))
@@ -256,18 +256,10 @@ def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in found.items()
         if not MASK.search(str(name))
     }
-    runs.to_float32(tensors, "--source")
-    tensors.setdefault(HEAD, tensors.get(WTE))
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # its text says which are absent, too many or of another shape
-        wrong = one_line(str(error).partition(":")[2])
-        raise UserError(f"--source has not the tensors of its config.json: {wrong}") from None
-    if not torch.equal(tensors[HEAD], tensors[WTE]):
-        raise UserError(f"--source has {HEAD} apart from {WTE}; our GPT-2 ties the two")
-    return swap_layout(model.state_dict())
+    runs.fit(tensors, model, "--source", "config.json")
+    return swap_layout(tensors)
 
 
 def main(config: HFConfig) -> None:

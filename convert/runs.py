@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanosynth import UserError, checkpoint, tokenizer
 
@@ -15,8 +15,12 @@ N_BPE = tokenizer.END_OF_TEXT + 1  # tokens of GPT-2
 MOST_ROWS = 50_432  # N_BPE padded to a multiple of 128, and some added tokens
 
 
-def to_float32(tensors: dict[str, Tensor], place: str) -> None:
-    """Cast tensors in place; integers, which are quantised, and what is not finite are refused."""
+def fit(tensors: dict[str, Tensor], model: nn.Module, place: str, described: str) -> None:
+    """Cast tensors to float32 in place, and check that they are those of `model`, each in its shape
+    and none more. Integers, which are quantised, and what is not finite are refused.
+
+    `model` is on the meta device, and keeps them. `described` names what says its shape.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             continue  # load_state_dict refuses it by name
@@ -25,6 +29,14 @@ def to_float32(tensors: dict[str, Tensor], place: str) -> None:
             raise UserError(f"{place} has {name} in {tensor.dtype}; wanted one of {wanted}")
         tensors[name] = tensor.float()
         check_finite(name, tensors[name], place)
+    tensors.setdefault(HEAD, tensors.get(WTE))  # tied, so files leave it out
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # its text says which are absent, too many or of another shape
+        wrong = one_line(str(error).partition(":")[2])
+        raise UserError(f"{place} has not the tensors of its {described}: {wrong}") from None
+    if not torch.equal(tensors[HEAD], tensors[WTE]):
+        raise UserError(f"{place} has {HEAD} apart from {WTE}; our GPT-2 ties the two")
 
 
 def check_finite(name: str, tensor: Tensor, place: str) -> None:

@@ -252,6 +252,7 @@ def find(run: str, step: str = "best") -> Path:
             raise UserError(f"--run={run} is one step already; leave out --step={step}")
         path = run_dir
     elif not steps(run_dir):
+        refuse_nanogpt(run_dir)
         raise UserError(f"no checkpoint in {run!r}; train one with: python train.py config/NAME.py")
     elif step == "latest":
         path = folder(run_dir, steps(run_dir)[-1])
@@ -264,6 +265,14 @@ def find(run: str, step: str = "best") -> Path:
         raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
     verify(path)
     return path
+
+
+def refuse_nanogpt(run_dir: Path) -> None:
+    """Name the command that a ckpt.pt, given as a run or found in its folder, has to go through."""
+    theirs = run_dir if run_dir.suffix == ".pt" else run_dir / "ckpt.pt"
+    if theirs.is_file():
+        bring = f"python -m convert.nanogpt --source={theirs} --to=out/NAME"
+        raise UserError(f"{theirs} is nanoGPT's; make a run of it with: {bring}")
 
 
 def find_start(

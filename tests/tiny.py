@@ -13,6 +13,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
+from nanosynth import checkpoint
 from nanosynth.data import bins
 from nanosynth.training import distributed, optim
 
@@ -107,6 +108,14 @@ def train_run(tiny_bins: str, out_dir: Path, **changes) -> list[dict]:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
     return read_metrics(out_dir)
+
+
+def load_run(run_dir: Path) -> GPT:
+    path = checkpoint.find(str(run_dir))
+    meta = checkpoint.read_meta(path)
+    model = GPT(GPTConfig(**meta["identity"]["model"]))
+    model.load_state_dict(checkpoint.read_model(path, meta))
+    return model.eval()
 
 
 def read_metrics(out_dir: Path) -> list[dict]:

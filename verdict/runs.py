@@ -77,6 +77,7 @@ def read(path: str) -> Run:
     if data_dir := run.settings.get("data_dir"):
         run.data = _take(run, Path(data_dir), schemas.DATA, _data_meta, "its data")
     if not any((run.config, run.train, run.meta, run.perplexity, run.tasks, run.samples)):
+        checkpoint.refuse_nanogpt(folder)
         raise UserError(f"{path!r} holds nothing of a run; wanted what train.py writes to out_dir")
     run.notes += _disagreements(run)
     return run

@@ -27,7 +27,7 @@ from nanosynth import UserError, checkpoint, files
 from nanosynth import tokenizer as chat
 from nanosynth.data import bins
 from nanosynth.inference import generation
-from tiny import command, random_ids, tiny_model, train_run
+from tiny import command, load_run, random_ids, tiny_model, train_run
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
 
@@ -94,14 +94,6 @@ def random_model(**changes) -> GPT:
 def convert(**flags) -> Path:
     hf.main(HFConfig(**{name: str(flags[name]) for name in flags}))
     return Path(flags["to"])
-
-
-def load_run(run_dir: Path) -> GPT:
-    path = checkpoint.find(str(run_dir))
-    meta = checkpoint.read_meta(path)
-    model = GPT(GPTConfig(**meta["identity"]["model"]))
-    model.load_state_dict(checkpoint.read_model(path, meta))
-    return model.eval()
 
 
 def copies_of(model: GPT, hf_model) -> tuple[GPT, transformers.GPT2LMHeadModel]:

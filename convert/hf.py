@@ -258,8 +258,7 @@ def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
-    runs.fit(tensors, model, "--source", "config.json")
-    return swap_layout(tensors)
+    return swap_layout(runs.fit(tensors, model, "--source", "config.json"))
 
 
 def main(config: HFConfig) -> None:

@@ -52,7 +52,7 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
     }
     with torch.device("meta"):
         model = GPT(GPTConfig(**shape))
-    runs.fit(tensors, model, str(source), "model_args")
+    tensors = runs.fit(tensors, model, str(source), "model_args")
     embedding = runs.lay_out(tensors[WTE], runs.same_rows(shape["vocab_size"]))
     tensors |= dict.fromkeys((WTE, HEAD), embedding)
     with open(source, "rb") as file:

@@ -15,11 +15,12 @@ N_BPE = tokenizer.END_OF_TEXT + 1  # tokens of GPT-2
 MOST_ROWS = 50_432  # N_BPE padded to a multiple of 128, and some added tokens
 
 
-def fit(tensors: dict[str, Tensor], model: nn.Module, place: str, described: str) -> None:
-    """Cast tensors to float32 in place, and check that they are those of `model`, each in its shape
-    and none more. Integers, which are quantised, and what is not finite are refused.
-
-    `model` is on the meta device, and keeps them. `described` names what says its shape.
+def fit(
+    tensors: dict[str, Tensor], model: nn.Module, place: str, described: str
+) -> dict[str, Tensor]:
+    """The tensors in float32 and in the order of `model`, which is on the meta device: each of its
+    own in its shape, and none more. Integers, which are quantised, and what is not finite are
+    refused. `described` names what says the model's shape.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -37,6 +38,7 @@ def fit(tensors: dict[str, Tensor], model: nn.Module, place: str, described: str
         raise UserError(f"{place} has not the tensors of its {described}: {wrong}") from None
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"{place} has {HEAD} apart from {WTE}; our GPT-2 ties the two")
+    return {name: tensors[name] for name in model.state_dict()}
 
 
 def check_finite(name: str, tensor: Tensor, place: str) -> None:

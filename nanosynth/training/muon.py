@@ -1,10 +1,12 @@
 """Muon on the blocks' matrices, AdamW on all else, as one optimizer (Jordan et al. 2024).
 
 Written by hand beside torch.optim.Muon, which it equals by test: matrices of one shape go in one
-batch, the ranks share the work, and an update is skipped on the device.
+batch, each rank has the momenta of its share of them and sends the others its updates, and an
+update is skipped on the device.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,6 @@ class MuonAdamW(torch.optim.Optimizer):
     fused AdamW.
     """
 
-    MOMENTUM = 0.95
-
     def __init__(
         self,
         matrices: list[tuple[str, nn.Parameter]],
@@ -28,9 +28,12 @@ class MuonAdamW(torch.optim.Optimizer):
         *,
         weight_decay: float,
         world: World,
+        is_compiled: bool = False,
     ):
         self.adamw, self.world = adamw, world
         self.found_inf = torch.zeros(())  # train.py sets it before each step
+        # A graph for each of the four shapes of matrices: one for all would be of symbolic sizes.
+        self._direction = torch.compile(direction, dynamic=False) if is_compiled else direction
         alike: dict[tuple, list[nn.Parameter]] = {}
         for name, matrix in matrices:
             alike.setdefault((3 if "c_attn" in name else 1, *matrix.shape), []).append(matrix)
@@ -39,12 +42,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 "params": params,
                 "weight_decay": weight_decay,
                 "n_parts": n_parts,
-                "momentum": torch.stack([torch.zeros_like(p.detach()) for p in params]),
+                "momentum": torch.stack(self._share(list(map(torch.zeros_like, params)))),
             }
             for (n_parts, *_), params in alike.items()
         ]
         # The very dictionaries of both, so that who sets a learning rate here sets it there.
         super().__init__([*self.matrix_groups, *adamw.param_groups], {"lr": 0.0, "lr_share": 1.0})
+
+    def _share(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's matrices of those of one shape, as many as any other rank's: where there are
+        too few, zeros.
+        """
+        n_share = math.ceil(len(matrices) / self.world.size)
+        share = list(matrices[n_share * self.world.rank :][:n_share])
+        return share + [torch.zeros_like(matrices[0])] * (n_share - len(share))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -55,37 +66,47 @@ class MuonAdamW(torch.optim.Optimizer):
             self._step(group, self.found_inf)
 
     def _step(self, group: dict, skipped: Tensor) -> None:
-        momentum, params = group["momentum"], group["params"]
-        grads = torch.stack([p.grad for p in params])  # (L, M, N)
-        # Where the step is skipped, the momentum stands in for the gradient, and stays as it is.
-        grads = torch.where(skipped.bool(), momentum, grads)
-        momentum.lerp_(grads, 1 - self.MOMENTUM)
-        update = grads.lerp_(momentum, self.MOMENTUM)  # Nesterov's
-        rows, columns = update.shape[1] // group["n_parts"], update.shape[2]
-        update = self._orthogonalised(update.view(-1, rows, columns)).view_as(momentum)
+        params = group["params"]
+        gradients = self._share([p.grad for p in params])
+        update = self._direction(group["momentum"], gradients, skipped.bool(), group["n_parts"])
+        update = self.world.gather(update)[: len(params)]  # (S, M, N) -> (L, M, N)
         rate = group["lr"] * (1 - skipped)
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        rows, columns = update.shape[1] // group["n_parts"], update.shape[2]
         # 0.2 is the root mean square of AdamW's updates (Moonlight, section 2.2).
         update = update.float() * (-0.2 * math.sqrt(max(rows, columns)) * rate)
         torch._foreach_add_(params, list(update))
 
-    def _orthogonalised(self, matrices: Tensor) -> Tensor:
-        """`orthogonalise`, of which each rank does its share. Call on every rank."""
-        n_share = math.ceil(len(matrices) / self.world.size)
-        share = matrices[n_share * self.world.rank :][:n_share]
-        missing = n_share - len(share)
-        share = nn.functional.pad(share, (0, 0, 0, 0, 0, missing))  # gather wants equal shapes
-        return self.world.gather(orthogonalise(share))[: len(matrices)]
-
     def state_dict(self) -> dict:
-        momenta = [group["momentum"] for group in self.matrix_groups]
+        """The same for any number of ranks; the momenta are rank 0's alone. Call on every rank."""
+        momenta = []
+        for group in self.matrix_groups:  # one at a time, as they may not fit all at once
+            whole = self.world.gather(group["momentum"])[: len(group["params"])]
+            momenta += [whole.cpu()] if self.world.is_main else []
         return {"adamw": self.adamw.state_dict(), "momenta": momenta}
 
     def load_state_dict(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])  # which makes new groups
         self.param_groups = [*self.matrix_groups, *self.adamw.param_groups]
         for group, momentum in zip(self.matrix_groups, state["momenta"], strict=True):
-            group["momentum"].copy_(momentum)
+            group["momentum"].copy_(torch.stack(self._share(momentum)))
+
+
+MOMENTUM = 0.95
+
+
+def direction(momentum: Tensor, gradients: list[Tensor], skipped: Tensor, n_parts: int) -> Tensor:
+    """Where S matrices go from their gradients (M, N) each, in bfloat16 (S, M, N); their momentum
+    (S, M, N) takes the gradients in, unless the step is `skipped` (). A matrix is `n_parts` on top
+    of one another.
+    """
+    # Where the step is skipped, the momentum stands in for the gradient, and stays as it is.
+    grads = torch.where(skipped, momentum, torch.stack(gradients))
+    momentum.lerp_(grads, 1 - MOMENTUM)
+    update = grads.lerp(momentum, MOMENTUM)  # Nesterov's
+    return orthogonalise(update.view(-1, update.shape[1] // n_parts, update.shape[2])).view_as(
+        momentum
+    )
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

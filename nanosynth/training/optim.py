@@ -39,9 +39,10 @@ def build_optimizer(
     betas: tuple[float, float],
     world: World,
     embedding_share: float = 1.0,
+    is_compiled: bool = False,
 ) -> torch.optim.Optimizer:
-    """'adamw' over `parameter_groups`; or 'muon', which takes the blocks' matrices from it. Both
-    are fused: they read `found_inf` on the device, so a skipped update needs no host wait.
+    """'adamw' over `parameter_groups`; or 'muon', which takes the blocks' matrices from it, and may
+    be compiled. Both read `found_inf` on the device, so a skipped update needs no host wait.
     """
     groups = parameter_groups(model, weight_decay, embedding_share)
     matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
@@ -53,7 +54,9 @@ def build_optimizer(
     adamw.register_load_state_dict_pre_hook(keep_groups)
     if name == "adamw":
         return adamw
-    return MuonAdamW(matrices, adamw, weight_decay=weight_decay, world=world)
+    return MuonAdamW(
+        matrices, adamw, weight_decay=weight_decay, world=world, is_compiled=is_compiled
+    )
 
 
 def keep_groups(optimizer: torch.optim.Optimizer, state: dict) -> dict:

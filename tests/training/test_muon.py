@@ -1,9 +1,17 @@
 import copy
+import functools
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from nanosynth.training import muon, optim
-from tiny import ALONE, random_ids, tiny_model
+from nanosynth.training.distributed import World
+from tiny import ALONE, CPU, random_ids, tiny_model
 
 
 def test_muon_equals_torch_muon_on_the_blocks_and_adamw_on_the_rest():
@@ -69,3 +77,70 @@ def test_the_state_is_restored_and_the_learning_rate_reaches_both_parts():
         assert {group["lr"] for group in optimizer.adamw.param_groups} == {0.01}
     for found, wanted in zip(models[1].parameters(), models[0].parameters(), strict=True):
         assert torch.equal(found, wanted)
+
+
+def on_ranks(size: int, action: Callable[[World], object]) -> list:
+    """What `action(world)` returns on each rank, a rank a thread."""
+    barrier, parts = threading.Barrier(size), [torch.empty(0)] * size
+
+    class Rank(World):
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts[self.rank] = tensor
+            barrier.wait()
+            joined = torch.cat(parts)
+            barrier.wait()
+            return joined
+
+    worlds = [Rank(rank=rank, size=size, device=CPU) for rank in range(size)]
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(action, worlds))
+
+
+MODEL = tiny_model(n_layer=3)
+
+
+def two_steps(world: World, state: dict | None = None):
+    """A model after two steps, and its optimizer; `state` is taken on before them."""
+    model = copy.deepcopy(MODEL)
+    optimizer = optim.build_optimizer(
+        "muon", model, weight_decay=0.1, betas=(0.9, 0.95), world=world
+    )
+    if state:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for number in range(2):
+        optim.set_learning_rate(optimizer, 0.02 / (1 + number))
+        noise = torch.Generator().manual_seed(number)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=noise)
+        optimizer.step()
+    return model, optimizer, optimizer.state_dict()
+
+
+@pytest.mark.parametrize("size", [2, 4])  # of 3 matrices: 2 and 1; 1, 1, 1 and none
+def test_a_rank_has_the_momenta_of_its_share_and_all_take_the_same_steps(size):
+    _, _, state = two_steps(ALONE)
+    wanted, _, last_state = two_steps(ALONE, state)
+    found = on_ranks(size, lambda world: two_steps(world, state))
+    for model, optimizer, _ in found:
+        assert all(len(g["momentum"]) == math.ceil(3 / size) for g in optimizer.matrix_groups)
+        for one, other in zip(model.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert len(last_state["momenta"]) == 4
+    for one, other in zip(found[0][2]["momenta"], last_state["momenta"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_it_has_a_graph_for_each_shape_at_any_learning_rate(monkeypatch):
+    counter = CompileCounter()
+    compiled = functools.partial(torch.compile, backend=counter)
+    monkeypatch.setattr(muon.torch, "compile", compiled)
+    torch._dynamo.reset()
+    model = tiny_model()
+    build = {"weight_decay": 0.1, "betas": (0.9, 0.95), "world": ALONE}
+    optimizer = optim.build_optimizer("muon", model, **build, is_compiled=True)
+    for number in range(3):
+        optim.set_learning_rate(optimizer, 0.02 / (1 + number))
+        model(random_ids(4, 16, seed=number), random_ids(64, seed=9)).sum().backward()
+        optimizer.step()
+    assert counter.frame_count == 4
+    torch._dynamo.reset()

@@ -561,6 +561,7 @@ def row_order(config: TrainConfig, world: distributed.World, n_rows: int) -> bin
         size = micro_batch.largest(
             model_config(config),
             gradient_checkpointing=config.gradient_checkpointing,
+            is_compiled=is_compiled(config, world.device),
             n_rows=config.step_rows // world.size,
             dtype=choose_dtype(config.dtype, world.device),
             world=world,
@@ -628,6 +629,7 @@ def build(
             betas=(config.beta1, config.beta2),
             world=world,
             embedding_share=config.embedding_share,
+            is_compiled=is_compiled(config, world.device),
         ),
         scaler=torch.amp.GradScaler(
             world.device.type,
@@ -698,7 +700,8 @@ def restore(run: Run) -> Run:
     path = find_start(run)
     if path is None:
         if run.config.init_from:
-            load_weights(run.raw_model, checkpoint.find(run.config.init_from))
+            start = run.world.on_main(lambda: checkpoint.find(run.config.init_from))
+            load_weights(run.raw_model, start)
         return run
     meta = load_weights(run.raw_model, path)
     state = checkpoint.read_train_state(path)

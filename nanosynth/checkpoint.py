@@ -177,13 +177,15 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def verify(path: Path) -> dict:
-    """The meta of a step folder after checking every file's size and SHA-256; raises Damaged."""
+def verify(path: Path, names: tuple[str, ...] = (MODEL, TRAIN_STATE)) -> dict:
+    """The meta of a step folder after checking the size and SHA-256 of the files that are going to
+    be read; raises Damaged.
+    """
     meta = read_meta(path)
     if set(meta["files"]) != {MODEL, TRAIN_STATE}:
         raise Damaged(f"{path / META} names other files than {MODEL}, {TRAIN_STATE}")
-    for name, wanted in meta["files"].items():
-        file_path = path / name
+    for name in names:
+        file_path, wanted = path / name, meta["files"][name]
         if not file_path.is_file():
             raise Damaged(f"{file_path} is missing or not a plain file")
         if file_path.stat().st_size != wanted["bytes"]:
@@ -244,8 +246,10 @@ def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None
     return folder(run_dir, min(losses, key=losses.get)) if losses else None
 
 
-def find(run: str, step: str = "best") -> Path:
-    """A run's verified step folder: 'best', 'latest' or a number; `run` may be the folder."""
+def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Path:
+    """A run's step folder: 'best', 'latest' or a number; `run` may be the folder. Its files `names`
+    are verified: the training state is twice as large, and who wants the weights does not read it.
+    """
     run_dir = Path(run)
     if NAME.fullmatch(run_dir.name):
         if step != "best":
@@ -263,7 +267,7 @@ def find(run: str, step: str = "best") -> Path:
     if not path.is_dir():
         wanted = ", ".join(map(str, steps(run_dir)))
         raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
-    verify(path)
+    verify(path, names)
     return path
 
 
@@ -288,7 +292,7 @@ def find_start(
     if resume == "auto":
         path = newest_good(run_dir, say)
     else:
-        path = None if resume == "never" else find(resume)
+        path = None if resume == "never" else find(resume, names=(MODEL, TRAIN_STATE))
         if path and path.parent.resolve() == run_dir.resolve():
             path = run_dir / path.name  # however it was written
     if path is None or path.parent != run_dir:

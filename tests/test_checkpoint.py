@@ -233,6 +233,14 @@ def test_find_refuses_a_damaged_one(run):
         checkpoint.find(str(run), "2")
 
 
+def test_only_what_is_read_is_hashed(run):
+    """Twice as much is in the training state, which a sampler does not read."""
+    flip_bit(checkpoint.folder(run, 2) / checkpoint.TRAIN_STATE, 90)
+    assert checkpoint.find(str(run), "2") == checkpoint.folder(run, 2)
+    with pytest.raises(checkpoint.Damaged, match=checkpoint.TRAIN_STATE):
+        checkpoint.find_start(run, str(checkpoint.folder(run, 2)), IDENTITY)
+
+
 def test_find_start(run):
     assert checkpoint.find_start(run, "auto", IDENTITY) == checkpoint.folder(run, 3)
     with pytest.raises(UserError, match="made with seed=1, this run has 2"):

@@ -1,5 +1,7 @@
 """micro_batch_size=auto: the most rows that a device takes at once."""
 
+import gc
+
 import torch
 
 from model import GPT, GPTConfig
@@ -8,13 +10,14 @@ from nanosynth.device import autocast
 from nanosynth.training.distributed import World
 
 CPU_TOKENS = 2048  # more at once are no faster on a CPU, and soon slower
-MEMORY_SHARE = 0.92  # of a GPU's: the rest is for DDP's buckets, libraries and fragments
+MEMORY_SHARE = 0.92  # of a GPU's: the rest is for libraries and fragments
 
 
 def largest(
     model_config: GPTConfig,
     *,
     gradient_checkpointing: bool,
+    is_compiled: bool,
     n_rows: int,
     dtype: torch.dtype,
     world: World,
@@ -26,9 +29,13 @@ def largest(
     sizes = [n for n in range(n_rows, 0, -1) if n_rows % n == 0]
     if world.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, world.device)
-        trial = (dtype, world.device, gradient_checkpointing)
-        n_fitting = next((n for n in sizes if fits(model_config, n, *trial)), 0)
-        torch.cuda.empty_cache()
+        trial = {
+            "dtype": dtype,
+            "world": world,
+            "gradient_checkpointing": gradient_checkpointing,
+            "is_compiled": is_compiled,
+        }
+        n_fitting = next((n for n in sizes if fits(model_config, n, **trial)), 0)
         torch.cuda.set_per_process_memory_fraction(1.0, world.device)
     else:
         n_fitting = next((n for n in sizes if n * model_config.block_size <= CPU_TOKENS), 1)
@@ -41,27 +48,44 @@ def largest(
     return next(n for n in sizes if n <= least)
 
 
-def fits(
-    model_config: GPTConfig,
-    n_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    gradient_checkpointing: bool,
-) -> bool:
-    """Whether a model, AdamW's two moments, and forward and backward of `n_rows` full rows fit.
+def fits(model_config: GPTConfig, n_rows: int, *, is_compiled: bool, **trial) -> bool:
+    """Whether a step of `n_rows` full rows at once fits; `trial` as `try_step` takes it.
 
-    Not compiled, which takes more memory than compiled and spares a compilation for each trial.
+    Nothing of it is left: neither memory, nor what compiling it has taught torch of sizes, which
+    would make the next graphs general, and slow.
     """
     try:
-        with device:
-            model = GPT(model_config)
-            moments = torch.empty(2 * model.n_parameters())
-            ids = torch.zeros(n_rows, model_config.block_size, dtype=torch.long)
-        model.gradient_checkpointing = gradient_checkpointing
-        with autocast(device, dtype):
-            loss = model(ids, ids.flatten()).sum()
-        loss.backward()
-        del moments
+        try_step(model_config, n_rows, is_compiled=is_compiled, **trial)
         return True
     except torch.OutOfMemoryError:
         return False
+    finally:
+        if is_compiled:
+            torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def try_step(
+    model_config: GPTConfig,
+    n_rows: int,
+    *,
+    dtype: torch.dtype,
+    world: World,
+    gradient_checkpointing: bool,
+    is_compiled: bool,
+) -> None:
+    """Forward and backward as they will run, beside what stays in memory."""
+    with world.device:
+        model = GPT(model_config)
+        # AdamW's two moments; and DDP's buckets, which have room for all gradients beside those
+        # that add up over the micro-batches.
+        rest = torch.empty((2 + (world.size > 1)) * model.n_parameters())
+        ids = torch.zeros(n_rows, model_config.block_size, dtype=torch.long)
+    model.gradient_checkpointing = gradient_checkpointing
+    if is_compiled:
+        model.compile()
+    with autocast(world.device, dtype):
+        loss = model(ids, ids.flatten()).sum()
+    loss.backward()
+    del rest

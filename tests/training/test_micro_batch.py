@@ -1,4 +1,5 @@
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,9 +8,11 @@ from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint
 from nanosynth.training import micro_batch
 from nanosynth.training.distributed import World
-from tiny import ALONE, CPU, losses, tiny_model, train_run
+from tiny import ALONE, losses, tiny_model, train_run
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=64)
+TRIAL = {"dtype": torch.float32, "world": ALONE, "gradient_checkpointing": False}
+TRIAL["is_compiled"] = False
 GPU = World(rank=0, size=1, device=torch.device("cuda"))
 
 
@@ -29,6 +32,7 @@ def largest(rows_per_step: int, world: World) -> int:
     return micro_batch.largest(
         SHAPE,
         gradient_checkpointing=False,
+        is_compiled=False,
         n_rows=rows_per_step // world.size,
         dtype=torch.float32,
         world=world,
@@ -48,7 +52,7 @@ def gpu(monkeypatch):
     def with_room(room: int) -> list[float]:
         monkeypatch.setattr(micro_batch, "GPT", lambda config: crowded(room))
         monkeypatch.setattr(
-            micro_batch, "fits", lambda shape, n, dtype, device, gc: fits(shape, n, dtype, CPU, gc)
+            micro_batch, "fits", lambda shape, n, **trial: fits(shape, n, **trial | TRIAL)
         )
         return found
 
@@ -64,16 +68,40 @@ def test_a_trial_leaves_nothing_behind(monkeypatch):
         return model
 
     monkeypatch.setattr(micro_batch, "GPT", build)
-    assert micro_batch.fits(SHAPE, 3, torch.float32, CPU, False)
-    assert not micro_batch.fits(SHAPE, 4, torch.float32, CPU, False)
+    assert micro_batch.fits(SHAPE, 3, **TRIAL)
+    assert not micro_batch.fits(SHAPE, 4, **TRIAL)
     assert [model() for model in models] == [None, None]
 
 
 def test_a_trial_is_of_the_runs_own_model(monkeypatch):
     made = []
     monkeypatch.setattr(micro_batch, "GPT", lambda config: made.append(GPT(config)) or made[-1])
-    assert micro_batch.fits(SHAPE, 1, torch.float32, CPU, True)
+    assert micro_batch.fits(SHAPE, 1, **TRIAL | {"gradient_checkpointing": True})
     assert made[0].config == SHAPE and made[0].gradient_checkpointing
+
+
+def test_a_trial_is_compiled_anew_and_has_ddps_buckets(monkeypatch):
+    n_graphs, sizes, empty, compile_parts = [], [], torch.empty, GPT.compile
+
+    def backend(module, inputs):
+        n_graphs.append(1)
+        assert not any(isinstance(x, torch.SymInt) for x in inputs)
+        return module.forward
+
+    def spied(*size, **of):
+        sizes.append(size)
+        return empty(*size, **of)
+
+    monkeypatch.setattr(GPT, "compile", lambda model: compile_parts(model, backend=backend))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **of: sizes.append(size) or empty(*size, **of)
+    )
+    n_parameters = tiny_model().n_parameters()
+    for world, copies in ((ALONE, 2), (replace(ALONE, size=2), 3)):
+        for n_rows in (4, 2):
+            trial = TRIAL | {"is_compiled": True, "world": world}
+            assert micro_batch.fits(SHAPE, n_rows, **trial) and (copies * n_parameters,) in sizes
+    assert len(n_graphs) == 4 * 2  # each trial's block and head
 
 
 def test_a_model_without_room_does_not_fit(monkeypatch):
@@ -81,7 +109,7 @@ def test_a_model_without_room_does_not_fit(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(micro_batch, "GPT", build)
-    assert not micro_batch.fits(SHAPE, 1, torch.float32, CPU, False)
+    assert not micro_batch.fits(SHAPE, 1, **TRIAL)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ if __name__ == "__main__":
     arguments = settings.from_argv(SampleConfig)  # before torch takes its time
 
 from model import GPT
-from nanosynth.data import bins
+from nanosynth.data import bins, utf8
 from nanosynth.device import choose_device, choose_dtype
 from nanosynth.files import write_atomically
 from nanosynth.inference import generation
@@ -113,15 +113,10 @@ def _prompts(path: Path, config: SampleConfig) -> Iterator[Prompt]:
             for prompt, answer in bins.prompts_and_answers(ids, mask):
                 yield prompt, tokenizer.decode(answer).removesuffix("<|im_end|>")
         return
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            is_row = path.suffix == ".jsonl"
-            text, answer = _read_row(line, f"{path}, line {number}") if is_row else (line, None)
-            yield encode_prompt(text, config), answer
+    for number, line in utf8.lines(path):
+        is_row = path.suffix.lower() == ".jsonl"
+        text, answer = _read_row(line, f"{path}, line {number}") if is_row else (line, None)
+        yield encode_prompt(text, config), answer
 
 
 def _read_row(line: str, place: str) -> tuple[str, str | None]:

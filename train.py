@@ -27,6 +27,9 @@ class TrainConfig(settings.Settings):
     """Train a GPT on the bins of data_dir; checkpoints and metrics go to out_dir."""
 
     data_dir: str = setting("data/openhermes", "prepared bins", group="The run", path=True)
+    verify_data: bool = setting(
+        False, "read them whole at the start, even where they look unchanged"
+    )
     out_dir: str = setting("out/run", "the run's folder", path=True)
     init_from: str = setting("", "weights to start from: a run's folder or a step's", path=True)
     resume: str = setting(
@@ -517,7 +520,9 @@ def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> 
 
 
 def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
-    train, val = (bins.Split(config.data_dir, name) for name in bins.SPLITS)
+    train, val = (
+        bins.Split(config.data_dir, name, verify=config.verify_data) for name in bins.SPLITS
+    )
     for split in (train, val):
         if not split.n_rows(config.block_size):
             raise UserError(

@@ -14,7 +14,7 @@ WINGS = ("nanosynth.data", "nanosynth.training", "nanosynth.inference")
 FLOORS = (("model",), ("nanosynth",), WINGS, SCRIPTS, ("convert",), ("verdict",), ("benchmarks",))
 LIGHT = (
     *("settings", "terminal", "files", "table", "tokenizer", "data.sources", "data.conversations"),
-    *("data.splits", "data.ngrams"),
+    *("data.formats", "data.utf8", "data.splits", "data.ngrams"),
 )
 
 

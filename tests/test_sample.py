@@ -85,7 +85,8 @@ def test_a_jsonl_row_without_a_prompt_is_refused(tmp_path, row):
     ("name", "content", "said"),
     [
         ("train_mask.bin", b"\0\1", "wanted a .txt or .jsonl file.* or train.bin or val.bin"),
-        ("prompts.txt", b"Caf\xe9\n", "is not UTF-8 text"),
+        ("prompts.txt", b"Caf\xe9\n", "is not UTF-8 .byte 3 is 0xe9.; if it is cp1252, .* iconv"),
+        ("prompts.txt", "Hi\n".encode("utf-16"), "prompts.txt is UTF-16, not UTF-8"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, name, content, said):
@@ -108,12 +109,17 @@ def test_an_output_folder_that_cannot_be_made_is_said_before_the_work(run_dir, t
         sample.main(config)
 
 
-def test_a_line_ends_at_its_newline_alone(tmp_path):
-    """Other separators of Unicode stand within texts, as they are."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one\u2028two"}\n', encoding="utf-8")
-    found = sample.read_prompts(config_of(prompt="", prompts=str(path)))
-    assert found == [(tokenizer.prompt_ids([("user", "one\u2028two")]), None)]
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_at_its_newline_alone(tmp_path, mark, end):
+    """Other separators stand within texts, as they are, and a byte order mark in none."""
+    for name, form in (("p.txt", "{}"), ("p.jsonl", '{{"prompt": "{}"}}')):
+        texts = ["one\u2028two\x85three", "four"]
+        texts[0] += "\f\v\rfive" if name == "p.txt" else ""  # which JSON would escape
+        lines = [form.format(text) for text in texts]
+        (tmp_path / name).write_bytes((mark + end.join([*lines, ""])).encode())
+        found = sample.read_prompts(config_of(prompt="", prompts=str(tmp_path / name)))
+        assert found == [(tokenizer.prompt_ids([("user", text)]), None) for text in texts]
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n"])

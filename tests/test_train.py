@@ -662,3 +662,11 @@ def test_a_failed_save_costs_its_checkpoint_and_another_error_ends_the_run(
     errors[3] = RuntimeError("planted")
     with pytest.raises(RuntimeError, match="planted"):
         train_run(tiny_bins, tmp_path / "other", save_interval=3)
+
+
+def test_bins_are_read_whole_on_request(tiny_bins, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bins, "_check_whole", lambda *_, always: seen.append(always))
+    for wanted in (False, True):
+        train.open_splits(train.TrainConfig(**RUN, data_dir=tiny_bins, verify_data=wanted))
+    assert seen == [False, False, True, True]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from nanosynth import UserError
+from nanosynth.data import utf8
 
 _BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
 _NUMBER = re.compile(r"^\s*(\d+)[.):]\s+\S", re.MULTILINE)
@@ -113,7 +114,7 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"no prompt file {str(path)!r}; wanted .jsonl with prompt and check")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in utf8.lines(path):
         try:
             row = json.loads(line)
             if not isinstance(row["prompt"], str):

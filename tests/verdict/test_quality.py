@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -174,6 +176,16 @@ def test_all_checks_are_tested_and_all_used():
     path = test_instruction_checks.pytestmark[0].args[1]
     kinds = {case[0]["kind"] for case in path}
     assert kinds == set(instructions.CHECKS)
+
+
+def test_a_prompt_file_is_read_as_sample_py_reads_it(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    row = {"prompt": "a\u2028b", "check": {"kind": "quoted"}}
+    path.write_bytes(f"\ufeff{json.dumps(row, ensure_ascii=False)}\r\n\n".encode())
+    assert instructions.read_prompts(path) == [row]
+    path.write_bytes(json.dumps(row).encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16, not UTF-8"):
+        instructions.read_prompts(path)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,8 @@ def check_usable(
         raise UserError(
             f"--columns={config.columns}: no row has {', '.join(missing)}\n  {rows_said}"
         )
+    if config.split and not source.has_splits:
+        config.refuse("split", "no source has several")
     if not tally.n_tokens:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
@@ -396,11 +398,11 @@ def check_usable(
         if not counts["documents"]:
             if split_by == "first user turn" and tally.n_documents > 1 and tally.begins_alike:
                 raise OneFirstTurn
-            mend = "" if tally.n_documents > 9 else "; --document_separator parts a text"
-            raise UserError(
-                f"no document of {tally.n_documents} fell to {split}; another --val_fraction or "
-                f"--seed than {config.val_fraction} and {config.seed} will mend it{mend}"
-            )
+            mend = f"another --val_fraction or --seed than {config.val_fraction} and {config.seed}"
+            if tally.n_documents == 1:
+                mend = "--document_separator='\\n\\n', which parts a text at its empty lines,"
+            n = tally.n_documents
+            raise UserError(f"no document of {n} fell to {split}; {mend} will mend it")
 
 
 def description(source: sources.Source, config: PrepareConfig) -> dict:

@@ -512,7 +512,7 @@ def test_a_picture_of_the_users_own_is_left_alone(tmp_path):
 
 def test_a_file_for_a_folder_is_one_line(tmp_path):
     (tmp_path / "data").write_text("mine")
-    with pytest.raises(UserError, match="stopped while preparing .*data: .*File exists"):
+    with pytest.raises(UserError, match="--data_dir=.*data is no folder"):
         run(tmp_path, QUESTIONS)
     assert (tmp_path / "data").read_text() == "mine"
 
@@ -524,3 +524,13 @@ def test_a_second_one_in_the_same_folder_is_refused_at_once(tmp_path):
     ):
         run(tmp_path, QUESTIONS)
     assert run(tmp_path, QUESTIONS)["rows_kept"] == 100
+
+
+def test_a_split_of_a_source_that_has_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--split=test; no source has several"):
+        run(tmp_path, QUESTIONS, split="test")
+
+
+def test_one_text_alone_is_to_be_parted(tmp_path):
+    with pytest.raises(UserError, match="no document of 1 fell to .*--document_separator='.n.n'"):
+        run(tmp_path, [{"text": "Once upon a time."}])

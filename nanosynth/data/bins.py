@@ -48,6 +48,8 @@ class BinWriter:
         self.data_dir = Path(data_dir)
         self.partial = self.data_dir / ".partial"
         self._is_new = not self.data_dir.exists()
+        if not self._is_new and not self.data_dir.is_dir():
+            raise UserError(f"--data_dir={data_dir} is no folder")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(lock(self.data_dir))
@@ -185,6 +187,8 @@ def read_meta(data_dir: str) -> dict:
             raise ValueError("it lists other files")
     except FileNotFoundError:
         raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
+    except OSError as error:
+        raise UserError(f"no prepared data in {data_dir!r}: {error}; run: {mend}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
     if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
@@ -216,15 +220,18 @@ def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
         known = {}
     found = {}
     for name, entry in files.items():
-        path = folder / name
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            look = [status.st_mtime_ns, _sample(file.fileno(), status.st_size), entry["sha256"]]
-            if always or known.get(name) != look:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                if sha256 != entry["sha256"]:
-                    raise UserError(f"{path} has changed since it was prepared; prepare it again")
-        found[name] = look
+        try:
+            with open(folder / name, "rb") as file:
+                status = os.fstat(file.fileno())
+                sample = _sample(file.fileno(), status.st_size)
+                found[name] = [status.st_mtime_ns, sample, entry["sha256"]]
+                sha256 = entry["sha256"]
+                if always or known.get(name) != found[name]:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
+        if sha256 != entry["sha256"]:
+            raise UserError(f"{folder / name} has changed since it was prepared; prepare it again")
     if not found.items() <= known.items():
         with contextlib.suppress(OSError):
             write_atomically(folder / CHECKED, json.dumps(known | found))

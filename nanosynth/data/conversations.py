@@ -90,6 +90,8 @@ def conversation(
         turns = [(TEXT, str(row))]
     elif isinstance(row, dict):
         turns = _Row(row, columns).turns(unused)
+    elif isinstance(row, list) and row and isinstance(row[0], dict):
+        turns = _Row({}, columns).listed(row, "the row")
     else:
         raise Reject("row is not an object")
     _check_turns(turns)
@@ -136,18 +138,21 @@ class _Row:
     def _body(self) -> list[Turn]:
         """The turns of the first form that the row has."""
         name, listed = self._take("turns")
-        body = self._listed(listed, name) if name else self.pair()
+        body = self.listed(listed, name) if name else self.pair()
         if body:
             n_systems = int(body[0][0] == "system")
             return body[:n_systems] + self._history() + body[n_systems:]
         name, text = self._take("text")
         if not name:
+            known = [key for form in FORMS for use in form for key in self._columns[use]]
+            if found := [key for key in known if key in self._row]:
+                raise Reject("no text", f"in {', '.join(found)}")
             raise Reject("no known column")
         return [(TEXT, _text(text, name))]
 
     def _history(self) -> list[Turn]:
         name, listed = self._take("history")
-        return self._listed(listed, name) if name else []
+        return self.listed(listed, name) if name else []
 
     def pair(self) -> list[Turn]:
         """A question, with what stands below it, and its answer; each may be a list of turns."""
@@ -162,7 +167,7 @@ class _Row:
             return answer
         if self._is_turns(asked[1]):
             self._taken -= {below[0]}
-            return self._listed(asked[1], asked[0]) + answer
+            return self.listed(asked[1], asked[0]) + answer
         parts = [_text(value, name) for name, value in (asked, below) if name]
         if not parts:
             raise Reject("no question", f"of {answered[0]}")
@@ -170,13 +175,13 @@ class _Row:
 
     def _turns_of(self, role: str, name: str, value: object) -> list[Turn]:
         """A list of turns as it is, or a text as the turn of this role."""
-        return self._listed(value, name) if self._is_turns(value) else [(role, _text(value, name))]
+        return self.listed(value, name) if self._is_turns(value) else [(role, _text(value, name))]
 
     def _is_turns(self, value: object) -> bool:
         first = value[0] if isinstance(value, list) and value else None
         return isinstance(first, dict) and any(first.get(key) for key in self._columns["role"])
 
-    def _listed(self, listed: object, name: str) -> list[Turn]:
+    def listed(self, listed: object, name: str) -> list[Turn]:
         if not isinstance(listed, list):
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
         turns = []

@@ -18,18 +18,18 @@ from typing import BinaryIO
 
 from nanosynth import UserError
 from nanosynth.data import json_array, utf8
-from nanosynth.data.conversations import COLUMNS, Columns, PlainText, Reject
+from nanosynth.data.conversations import COLUMNS, FORMS, Columns, PlainText, Reject
 
 KINDS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
 COMPRESSED = (".gz", ".zst", ".bz2")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
-FOREIGN = {  # what a file may be in spite of its name
-    b"PK\x03\x04": "a zip archive",
-    b"\xfd7zXZ": "compressed by xz",
+FOREIGN = {  # what a file may be in spite of its name; in lower case
+    b"pk\x03\x04": "a zip archive",
+    b"\xfd7zxz": "compressed by xz",
     b"7z\xbc\xaf": "a 7z archive",
-    b"\x89HDF": "an HDF5 file",
+    b"\x89hdf": "an HDF5 file",
     b"version https://git-lfs": "a Git LFS pointer in place of the file",
-    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
     b"<html": "a web page",
 }
 HEAD_BYTES = 1 << 20  # enough for some rows
@@ -48,6 +48,10 @@ class Reading:
     def takes(self, column: str) -> bool:
         return any(column in names for names in self.columns.values())
 
+    def may_be_row(self, row: dict) -> bool:
+        """Whether it has a column that rows hold their text in."""
+        return any(name in row for form in FORMS for use in form for name in self.columns[use])
+
 
 @dataclass
 class Progress:
@@ -55,6 +59,7 @@ class Progress:
 
     position: int = 0  # bytes
     unread: Counter[str] = field(default_factory=Counter)
+    has_splits: bool = False  # of which --split has named one
 
 
 def kind_of(path: Path) -> str:
@@ -73,7 +78,7 @@ def rows(raw: BinaryIO, path: Path, reading: Reading, progress: Progress) -> Ite
             file = _decompressed(raw, compression)
     head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
     for magic, name in FOREIGN.items():
-        if head.startswith(magic):
+        if head[:64].lower().startswith(magic):
             raise UserError(f"{path} is {name}; wanted a {', '.join(KINDS)} file")
     if head.startswith(b"PAR1") or kind == ".parquet":
         return _parquet_rows(file, path, reading, progress)
@@ -100,10 +105,10 @@ def _json_rows(
     form = json_array.form_of(head)
     first = head.lstrip("\ufeff \t\r\n")[:1]
     if form == "lines" and (first == "{" or kind_of(path) != ".json"):
-        return _unwrapped(_lines(file, raw, path, progress), path, reading)
+        return _unwrapped(_lines(file, raw, path, progress), path, reading, progress)
     read = json_array.values if form == "values" else json_array.items
     found = _values(read(file), raw, path, progress, "" if file is raw else ", decompressed")
-    return _unwrapped(found, path, reading) if form == "values" else found
+    return _unwrapped(found, path, reading, progress) if form == "values" else found
 
 
 def _values(
@@ -139,25 +144,41 @@ def _lines(file: BinaryIO, raw: BinaryIO, path: Path, progress: Progress) -> Ite
                 yield Reject("line is not JSON", words=text[:1000])
 
 
-def _unwrapped(found: Iterator[object], path: Path, reading: Reading) -> Iterator[object]:
+def _unwrapped(
+    found: Iterator[object], path: Path, reading: Reading, progress: Progress
+) -> Iterator[object]:
     """`found`, or the rows within it where it is one object around them."""
     first = list(itertools.islice(found, 2))
-    if len(first) != 1 or not isinstance(first[0], dict):
-        yield from itertools.chain(first, found)
-        return
-    lists = {
-        name: value
-        for name, value in first[0].items()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-        # A column of turns is none, unless each of them is a row.
-        if not reading.takes(name) or any(key in value[0] for key in reading.columns["turns"])
-    }
+    lists = dict(_lists_of_rows(first[0], reading)) if len(first) == 1 else {}
     if len(lists) > 1:
+        progress.has_splits = True
         if reading.split not in lists:
             names = ", ".join(lists)
             raise UserError(f"{path} has several lists of rows ({names}); name one by --split")
         lists = {reading.split: lists[reading.split]}
-    yield from next(iter(lists.values()), first)
+    yield from next(iter(lists.values()), itertools.chain(first, found))
+
+
+def _lists_of_rows(value: object, reading: Reading) -> Iterator[tuple[str, list]]:
+    """(name, rows) of each list within an object that is no row itself; its values may be rows."""
+    if not isinstance(value, dict):
+        return
+    rows = list(value.values())
+    if rows and all(isinstance(row, dict) and reading.may_be_row(row) for row in rows):
+        yield "", rows
+        return
+    found = []
+    for name, inside in value.items():
+        first = inside[0] if isinstance(inside, list) and inside else None
+        # A column of turns is no list of rows, unless each of them has turns.
+        nested = isinstance(first, dict) and any(key in first for key in reading.columns["turns"])
+        if isinstance(first, dict) and (nested or not reading.may_be_row({name: inside})):
+            found.append((name, inside))
+        elif reading.may_be_row({name: inside}):
+            return  # it is one
+        else:
+            found += _lists_of_rows(inside, reading)
+    yield from found
 
 
 def _documents(

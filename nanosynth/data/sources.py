@@ -32,6 +32,8 @@ HUB_CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
 }
 
+SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
+
 
 @dataclass
 class Part:
@@ -43,6 +45,7 @@ class Part:
     unit: str  # 'B' or 'rows'
     read: Callable[[Progress], Iterator[object]]
     path: Path | None = None  # of a file
+    has_splits: bool = False  # of which --split has named one
     number: int = 0  # among the parts
     source: int = 0  # the number of its --source
     progress: Progress = field(default_factory=Progress, init=False)
@@ -97,6 +100,10 @@ class Source:
         return sum((part.progress.unread for part in self.parts), Counter())
 
     @property
+    def has_splits(self) -> bool:
+        return any(part.has_splits or part.progress.has_splits for part in self.parts)
+
+    @property
     def identity(self) -> dict:
         """For meta.json. One part's keys stand alone, too, as `source` and what names it."""
         identities = [part.identity for part in self.parts]
@@ -149,6 +156,8 @@ def _folder(folder: Path, reading: Reading, left_out: Counter[str]) -> list[Part
         raise UserError(f"--source={folder} is the whole machine; wanted a folder of the data")
     files = list(_files(folder, reading, left_out, set()))
     parts = [_file(path, str(path.relative_to(folder)), reading) for path in files]
+    for part in parts:
+        part.has_splits = any((above / SPLITS_FILE).is_file() for above in part.path.parents[:2])
     if not parts:
         seen = ", ".join(f"{name}: {n}" for name, n in left_out.items()) or "it is empty"
         raise UserError(f"nothing to read in {folder} ({seen}); wanted {_file_kinds()}")
@@ -167,7 +176,7 @@ def _files(
         left_out[f"{folder} ({what})"] += 1
         return
     inside = sorted(folder.iterdir())
-    if (folder / "dataset_dict.json").is_file():  # save_to_disk of several splits
+    if (folder / SPLITS_FILE).is_file():
         inside = [_saved_split(folder, reading.split)]
     elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         inside = [path for path in inside if path.suffix == ".arrow"]
@@ -196,7 +205,7 @@ def _what_is_ours(folder: Path) -> str:
 
 
 def _saved_split(folder: Path, split: str) -> Path:
-    names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    names = json.loads((folder / SPLITS_FILE).read_text())["splits"]
     if (split or "train") not in names:
         raise UserError(f"{folder} has the splits {', '.join(names)}; name one by --split")
     return folder / (split or "train")
@@ -253,7 +262,8 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
     identity = {"source": name, "revision": commit}
     named = {"config": config, "split": reading.split}
     identity |= {key: value for key, value in named.items() if value}
-    return Part(name, identity, None if is_wikitext else size, "rows", read)
+    size = None if is_wikitext else size
+    return Part(name, identity, size, "rows", read, has_splits=True)
 
 
 def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:

@@ -75,6 +75,15 @@ def test_missing_meta_is_refused(data_dir):
         bins.Split(data_dir, "train")
 
 
+def test_a_file_or_a_folder_in_its_place_is_refused(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    (Path(data_dir) / "meta.json").unlink()
+    (Path(data_dir) / "meta.json").mkdir()
+    for folder in (str(tmp_path / "file"), data_dir):
+        with pytest.raises(UserError, match="no prepared data in .*rectory"):
+            bins.Split(folder, "train")
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}'])
 def test_meta_that_describes_no_bins_is_refused(data_dir, content):
     (Path(data_dir) / "meta.json").write_text(content)

@@ -47,7 +47,9 @@ REJECTS = [
     ("row is not an object", ["Hi"]),
     ("row is not an object", None),
     ("no known column", {}),
-    ("no known column", {"txt": "Hi", "instruction": None}),
+    ("no known column", {"txt": "Hi"}),
+    ("no text: in instruction, text", {"text": " ", "instruction": None}),
+    ("unknown role: tool", [HUMAN, {"from": "tool", "value": "Yo"}]),
     ("not a list of turns: conversations is text", {"conversations": "Hi"}),
     ("not a list of turns: messages is an object", {"messages": {"role": "user"}}),
     ("turn is not an object: text in conversations", row(HUMAN, "Yo")),
@@ -136,6 +138,7 @@ PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
         ({"text": "Hi\n", "url": "x"}, [("text", "Hi\n")]),
         ({"text": "Hi", "conversations": None, "output": ""}, [("text", "Hi")]),
         (conversations.PlainText("Hi"), [("text", "Hi")]),
+        (MESSAGES, PAIR),
     ],
 )  # fmt: skip
 def test_each_column_and_role_by_its_name(found, turns):

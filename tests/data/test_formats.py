@@ -40,20 +40,30 @@ PRETTY = "\n".join(json.dumps(row, indent=2) for row in ROWS)
         "\ufeff" + json.dumps(WRAPPED, indent=1) + "\n",
         json.dumps({"rows": ROWS}),
         json.dumps({"conversations": ROWS}),  # which are no turns
+        json.dumps({"data": {"n": 5, "rows": ROWS}}),
+        json.dumps({number: row for number, row in enumerate(ROWS)}),
         PRETTY,
         "\n" + PRETTY.replace("\n", "\r\n"),
         gzip.compress(LINES),
         bz2.compress(json.dumps(WRAPPED).encode()),
         pyarrow.compress(LINES, "zstd", asbytes=True),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSON", "rows.json.gz"])
 def test_json_is_known_by_its_bytes(tmp_path, name, content):
     assert rows_of(write(tmp_path / name, content)) == ROWS
 
 
-@pytest.mark.parametrize("row", [ROWS[0], {"conversation": [{"input": "Hi", "output": "Yo"}]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROWS[0],
+        {"conversation": [{"input": "Hi", "output": "Yo"}]},
+        {"scores": [{"by": "me"}], "prompt": "Hi", "response": "Yo"},
+        {"meta": {"prompt": "x"}, "text": "Hi"},
+    ],
+)
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_row_alone_is_a_row(tmp_path, row, indent):
     assert rows_of(write(tmp_path / "a.jsonl", json.dumps(row, indent=indent))) == [row]
@@ -80,7 +90,7 @@ def test_a_first_line_that_is_broken_costs_no_other(tmp_path):
         (LINES.decode().encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
         (LINES.decode().encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
         (b"PK\x03\x04...", "is a zip archive"),
-        (b"<!DOCTYPE html>", "is a web page"),
+        (b"<!doctype html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (PRETTY[:-5], "broken JSON after 4 rows, near byte"),
     ],

@@ -109,6 +109,8 @@ class Console:
 
     def __init__(self):
         self._bar = tqdm(disable=True)
+        self._n_skipped = 0  # since this start
+        self._evaluated = ""  # the last validation loss, beside the training loss
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -119,8 +121,12 @@ class Console:
     def say(self, text: str) -> None:
         self._calls.put(partial(self._say, text))
 
-    def train(self, record: dict, eta_seconds: float) -> None:
-        self._calls.put(partial(self._train, record, eta_seconds))
+    def train(self, records: list[dict], eta_seconds: float) -> None:
+        """Show the last of these records, and how many steps were skipped until now."""
+        self._calls.put(partial(self._train, records, eta_seconds))
+
+    def val(self, step: int, loss: float, seconds: float) -> None:
+        self._calls.put(partial(self._val, step, loss, seconds))
 
     def close(self, timeout_seconds: float = 5.0) -> None:
         self._calls.put(None)
@@ -151,9 +157,15 @@ class Console:
             line = line[os.write(sys.stdout.fileno(), line) :]
         self._bar.refresh()
 
-    def _train(self, record: dict, eta_seconds: float) -> None:
+    def _val(self, step: int, loss: float, seconds: float) -> None:
+        self._evaluated = f" (validation {loss:.4f})"
+        self._say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
+
+    def _train(self, records: list[dict], eta_seconds: float) -> None:
+        record = records[-1]
+        self._n_skipped += sum(one["skipped"] > 0 for one in records)
         parts = [
-            "skipped" if record["skipped"] else f"loss {record['loss']:.4f}",
+            ("skipped" if record["skipped"] else f"loss {record['loss']:.4f}") + self._evaluated,
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.2f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
@@ -163,6 +175,8 @@ class Console:
             parts.insert(3, f"scale {record['loss_scale']:g}")
         if record["mfu"] is not None:  # of a device whose peak is known
             parts.insert(-1, f"mfu {record['mfu']:.1%}")
+        if self._n_skipped:
+            parts.append(f"{self._n_skipped} skipped")
         text = " | ".join(parts)
         if self._bar.disable:
             minutes, seconds = divmod(int(eta_seconds), 60)
@@ -229,7 +243,7 @@ class RunLog:
             records.append(record | measured)
             self._emit(records[-1])
         if self._outputs:
-            self._outputs.console.train(records[-1], steps_left * seconds / len(records))
+            self._outputs.console.train(records, steps_left * seconds / len(records))
         self.restart_clock()
         return records
 
@@ -239,7 +253,8 @@ class RunLog:
 
     def val(self, step: int, loss: float, seconds: float) -> None:
         self._emit({"step": step, "split": "val", "loss": loss, "seconds": seconds})
-        self.say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
+        if self._outputs:
+            self._outputs.console.val(step, loss, seconds)
 
     def say(self, text: str) -> None:
         if self._outputs:

@@ -69,6 +69,25 @@ def test_a_record(tmp_path):
     assert (val["step"], val["split"], val["loss"]) == (2, "val", 1.5)
 
 
+def test_the_console_tells_how_the_run_is(tmp_path, capfd):
+    """The last evaluation beside the loss, and how many steps were skipped, also between lines."""
+    console = Console()
+    console.start(0, 10)
+    log = run_log(Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None))
+    for step, n_skipped in enumerate((0.0, 1.0, 2.0, 0.0)):
+        fields = {"step": step, "lr": 0.5, "rows": []}
+        log.train(fields, stats(n_skipped=n_skipped), n_tokens=10, flops=1.0)
+    log.flush(0)
+    log.val(4, 1.5, 0.1)
+    log.train({"step": 4, "lr": 0.5, "rows": []}, stats(), n_tokens=10, flops=1.0)
+    log.flush(0)
+    log.close()
+    first, evaluation, second = capfd.readouterr().out.splitlines()
+    assert "| loss 2.0000 | " in first and "| 2 skipped |" in first and "tokens/s" in first
+    assert evaluation == "step      4: validation loss 1.5000 (0.1s)"
+    assert "| loss 2.0000 (validation 1.5000) | " in second and "| 2 skipped |" in second
+
+
 def test_a_resumed_file_loses_what_the_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The whole experiment: data to bins, a smoke test, every size and seed trained, measured and judged.
+#
+#   bash experiment.sh                                              # OpenHermes-2.5, 500m and 1b
+#   SEEDS="42 43" CONTROL=fineweb.parquet bash experiment.sh        # two seeds, and one on other text
+#   SOURCE=conversations.json SIZES=demo bash experiment.sh         # small, on a CPU
+#
+# Killed, it goes on where it stopped: run it again. What is done is not done twice. On several GPUs
+# each stage that can uses them all. TRAIN, VERDICT: more flags of train.py, of the verdict.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+source=${SOURCE:-teknium/OpenHermes-2.5}
+sizes=${SIZES:-500m 1b} seeds=${SEEDS:-42} control=${CONTROL:-}
+read -ra train_flags <<<"${TRAIN:-}"
+read -ra verdict_flags <<<"${VERDICT:---tasks=local,lambada_openai,hellaswag,arc_easy,piqa,winogrande}"
+data=data/$(basename "$source") out=out/$(basename "$source")
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+
+launch() { # SCRIPT FLAGS: a process on each GPU; `--` keeps torchrun from taking --run for its own
+  if ((gpus > 1)); then torchrun --standalone --nproc_per_node="$gpus" -- "$@"; else python "$@"; fi
+}
+prepare() { # SOURCE FOLDER
+  [ -e "$2/meta.json" ] || python prepare.py --source="$1" --data_dir="$2"
+}
+last_step() { # RUN: the name of its last checkpoint, once it has begun
+  python -c 'import json, sys; print("step_%06d" % json.load(open(sys.argv[1]))["max_steps"])' "$1/config.json"
+}
+is_trained() { # RUN
+  [ -e "$1/latest" ] && [ "$(<"$1/latest")" = "$(last_step "$1")" ]
+}
+train() { # RUN SIZE DATA FLAGS
+  is_trained "$1" || launch train.py "config/$2.py" --out_dir="$1" --data_dir="$3" "${@:4}" "${train_flags[@]}"
+  is_trained "$1" || { echo "$1 was stopped: run this again"; exit 1; }
+  [ -e "$1/eval_ppl.json" ] || launch eval_ppl.py --run="$1"
+  [ -e "$1/generations.jsonl" ] || python sample.py --run="$1" --prompts=data/tasks/prompts.jsonl
+}
+
+for size in $sizes; do # before hours are spent, and before the data is there by assumption
+  echo "== the plan of $size: one of ${seeds// /, } each, against 1 device-hour a run"
+  python -m benchmarks.plan "config/$size.py" --data_dir="$data" --n_devices=$((gpus > 1 ? gpus : 1))
+done
+prepare "$source" "$data"
+[ -z "$control" ] || prepare "$control" "data/$(basename "$control")"
+
+for size in $sizes; do
+  smoke=$out/smoke-$size # the first 100 steps of it, so that a broken path costs minutes
+  train "$smoke" "$size" "$data" --max_steps=100 --warmup_steps=10
+  run_flags=()
+  for seed in $seeds; do
+    train "$out/$size-$seed" "$size" "$data" --seed="$seed"
+    run_flags+=(--run="$out/$size-$seed")
+  done
+  if [ -n "$control" ]; then # of as many tokens, by as many steps
+    steps=$(last_step "$out/$size-${seeds%% *}")
+    train "$out/$size-control" "$size" "data/$(basename "$control")" --max_steps=$((10#${steps#step_}))
+    run_flags+=(--control="$out/$size-control")
+  fi
+  python -m verdict "${run_flags[@]}" --output_dir="$out/$size" "${verdict_flags[@]}"
+done
+runs=()
+for size in $sizes; do for seed in $seeds; do runs+=(--run="$out/$size-$seed"); done; done
+python -m verdict "${runs[@]}" --only=report --output_dir="$out"
+echo "the verdict: $out/report.html"

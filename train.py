@@ -772,6 +772,8 @@ def open_log(run: Run) -> RunLog:
             f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}"
         )
         console.start(run.first_step, run.max_steps)
+        if not run.train_split.has_mask:
+            print(f"{config.data_dir} is nanoGPT's (no meta.json): plain text, every token counts")
         wandb = None
         if config.wandb != "disabled":
             wandb = WandbThread(

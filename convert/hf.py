@@ -97,10 +97,7 @@ def export_run(config: HFConfig, folder: Path) -> str:
     if shape["vocab_size"] < tokenizer.N_IDS:
         found = f"{path} has a vocabulary of {shape['vocab_size']}"
         raise UserError(f"{found}; the tokenizer has {tokenizer.N_IDS} tokens")
-    tensors = checkpoint.read_model(path, meta)
-    for name, tensor in tensors.items():
-        runs.check_finite(name, tensor, str(path))
-    model = to_hf(shape, tensors)
+    model = to_hf(shape, checkpoint.read_model(path, meta))
     model.save_pretrained(folder, max_shard_size="5GB")
     for weights in folder.glob("*.safetensors"):  # which its owner alone may read
         shutil.copymode(folder / "config.json", weights)

@@ -29,7 +29,9 @@ def fit(
             wanted = ", ".join(map(str, DTYPES))
             raise UserError(f"{place} has {name} in {tensor.dtype}; wanted one of {wanted}")
         tensors[name] = tensor.float()
-        check_finite(name, tensors[name], place)
+        if n_wrong := tensor.numel() - int(tensors[name].isfinite().sum()):
+            wrong = f"{n_wrong:,} of its {tensor.numel():,} numbers are NaN or infinite in float32"
+            raise UserError(f"{place} has {name}, but {wrong}")
     tensors.setdefault(HEAD, tensors.get(WTE))  # tied, so files leave it out
     try:
         model.load_state_dict(tensors, assign=True)
@@ -39,12 +41,6 @@ def fit(
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"{place} has {HEAD} apart from {WTE}; our GPT-2 ties the two")
     return {name: tensors[name] for name in model.state_dict()}
-
-
-def check_finite(name: str, tensor: Tensor, place: str) -> None:
-    if n_wrong := tensor.numel() - int(tensor.isfinite().sum()):
-        wrong = f"{n_wrong:,} of its {tensor.numel():,} numbers are NaN or infinite in float32"
-        raise UserError(f"{place} has {name}, but {wrong}")
 
 
 def lay_out(embedding: Tensor, chat_rows: dict[int, int]) -> Tensor:

@@ -286,6 +286,28 @@ def test_the_activation_is_the_models_own_and_old_runs_have_tanh(tiny_bins, run_
     assert checkpoint.read_meta(path)["identity"]["model"]["activation"] == "gelu"
 
 
+def test_nanogpts_own_data_is_trained_on(tiny_bins, run_dir, tmp_path, capfd):
+    data_dir = tmp_path / "openwebtext"
+    data_dir.mkdir()
+    for name in ("train.bin", "val.bin"):
+        shutil.copy(f"{tiny_bins}/{name}", data_dir)
+    every = {"save_interval": 3, "eval_interval": 3}
+    records = train_run(str(data_dir), tmp_path / "run", loss_on="assistant", **every)
+    assert losses(records) == losses(read_metrics(run_dir))  # text: all of its tokens count
+    assert losses(records, "val") == losses(read_metrics(run_dir), "val")
+    assert "openwebtext is nanoGPT's (no meta.json): plain text" in capfd.readouterr().out
+    assert sorted(path.name for path in data_dir.iterdir()) == ["train.bin", "val.bin"]
+    os.truncate(data_dir / "train.bin", 4000)
+    with pytest.raises(UserError, match="was made with data_sha256="):
+        train_run(str(data_dir), tmp_path / "run", loss_on="assistant", **every)
+    (data_dir / "meta.pkl").write_bytes(b"")
+    with pytest.raises(UserError, match="a vocabulary of its own .meta.pkl., which is not GPT-2's"):
+        bins.Split(str(data_dir), "val")
+    (data_dir / "train_mask.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="holds half a preparation .no meta.json.; run: python pre"):
+        bins.Split(str(data_dir), "val")
+
+
 def test_resume_never_and_a_run_in_the_way(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UserError, match="holds .*; use --resume=auto .* or another --out_dir"):

@@ -186,6 +186,8 @@ def read_meta(data_dir: str) -> dict:
         if sorted(files) != sorted(FILES):
             raise ValueError("it lists other files")
     except FileNotFoundError:
+        if all((path.parent / f"{split}.bin").is_file() for split in SPLITS):
+            return _nanogpt_meta(path.parent, mend)
         raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
     except OSError as error:
         raise UserError(f"no prepared data in {data_dir!r}: {error}; run: {mend}") from None
@@ -206,6 +208,27 @@ def read_meta(data_dir: str) -> dict:
             said = f"{split}.bin has {n_ids} bytes, {split}_mask.bin {n_mask}; wanted 2 to 1"
             raise UserError(f"{path}: {said}; run: {mend}")
     return meta
+
+
+def _nanogpt_meta(folder: Path, mend: str) -> dict:
+    """What a meta.json would say of nanoGPT's bins, which have none: text, without masks."""
+    for name, what in {
+        "train_mask.bin": "half a preparation (no meta.json)",
+        "meta.pkl": "a vocabulary of its own (meta.pkl), which is not GPT-2's",
+    }.items():
+        if (folder / name).exists():
+            raise UserError(f"{str(folder)!r} holds {what}; run: {mend}")
+    paths = [folder / f"{split}.bin" for split in SPLITS]
+    files = {path.name: _look_at(path, path.stat().st_mtime_ns) for path in paths}
+    return {"format_version": FORMAT_VERSION, "source": "nanoGPT's bins", "files": files}
+
+
+@functools.cache
+def _look_at(path: Path, mtime_ns: int) -> dict:
+    """{'bytes': ..., 'sha256': ...} of a file as it is at this time; all of it is read."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": sha256}
 
 
 def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
@@ -253,12 +276,15 @@ class Split:
         self.meta = read_meta(data_dir)
         self.path = Path(data_dir) / f"{split}.bin"
         self._mask_path = Path(data_dir) / f"{split}_mask.bin"
-        files = {path.name: self.meta["files"][path.name] for path in (self.path, self._mask_path)}
-        _check_whole(self.path.parent, files, always=verify)
+        files = self.meta["files"]
+        self.has_mask = self._mask_path.name in files
+        if self.has_mask:  # else they are nanoGPT's, and were read whole just now
+            checked = {name: files[name] for name in (self.path.name, self._mask_path.name)}
+            _check_whole(self.path.parent, checked, always=verify)
         self.sha256 = files[self.path.name]["sha256"]
         self.n_tokens = files[self.path.name]["bytes"] // 2
         self._ids = os.open(self.path, os.O_RDONLY)
-        self._mask = os.open(self._mask_path, os.O_RDONLY)
+        self._mask = os.open(self._mask_path, os.O_RDONLY) if self.has_mask else None
 
     def ids(self, start: int, count: int) -> np.ndarray:
         """(count,) uint16."""
@@ -270,7 +296,9 @@ class Split:
         return ids
 
     def mask(self, start: int, count: int) -> np.ndarray:
-        """(count,) uint8, 1 on assistant tokens."""
+        """(count,) uint8, 1 on assistant tokens, and on all of a plain text."""
+        if self._mask is None:
+            return np.ones(count, dtype=np.uint8)
         data = self._pread(self._mask_path, self._mask, start, count)
         mask = np.frombuffer(data, dtype=np.uint8)
         if mask.size and mask.max() > 1:

@@ -1,105 +1,94 @@
-"""Recipes side by side: the validation loss that equal tokens buy, over three seeds.
+"""AdamW and Muon, tuned alike: the validation loss that equal tokens buy.
 
-AdamW and Muon are tuned alike, at the first seed: learning rates a factor of two apart, until the
-best has a worse one on either side. It is then run at all seeds, by their variants too. Runs are
-those of train.py, compiled, so that a C++ compiler is needed on a CPU; a finished one is kept, so
-the command may be cut short and given again. Writes OUT_DIR/SIZE.md and SIZE.png.
+A contender is tuned at the first seed by coordinate search: of each knob the values beside the best
+are tried, one at a time, until none is better. What is found is run at three seeds. A run is made
+of train.py's own steps, in this process; a finished one is a line of OUT_DIR/runs.jsonl and is not
+made again, so the command may be cut short and given again, and contenders run side by side.
 
 Usage:
     python prepare.py --source=conversations.json --data_dir=data/mine
-    python -m benchmarks.recipe --data_dir=data/mine --size=m
+    python -m benchmarks.recipe --data_dir=data/mine --size=s --steps=250
+    python -m benchmarks.recipe --report=True   # tables and pictures of what is there
 """
 
+import itertools
 import json
-import os
+import math
 import shutil
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
+from unittest import mock
 
-from nanosynth import UserError, settings, tokenizer
+from nanosynth import settings
 from nanosynth.settings import setting
 
-STEPS, TOKENS_PER_STEP = 250, 4096
 SIZES = {
     "s": {"n_layer": 3, "n_head": 2, "n_embd": 64},
     "m": {"n_layer": 4, "n_head": 3, "n_embd": 96},
     "l": {"n_layer": 6, "n_head": 4, "n_embd": 128},
 }
-LAST = 5  # checkpoints whose weights are averaged: those of the last fifth of a run
-BASE = {
-    "block_size": 256,
-    "micro_batch_size": TOKENS_PER_STEP // 256,
-    "rows_per_step": TOKENS_PER_STEP // 256,
-    "max_steps": STEPS,
-    "warmup_steps": STEPS // 10,
-    "eval_rows": 64,
-    "log_interval": 50,
-    "keep_last": LAST,
-    "compile": True,
-}
-MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the recipe says nothing else
 SEEDS = (42, 43, 44)
-MUON, LINEAR_TO_ZERO = {"optimizer": "muon"}, {"decay": "linear", "min_learning_rate": 0.0}
-FAST = {**MUON, "beta2": 0.99, "weight_decay": 0.1}  # what paid at the smallest size
-# Each as what it changes against the first, the baseline. A variant takes the learning rate of the
-# tuned recipe that shares its optimizer.
-RECIPES = {
-    "adamw": {},
-    "adamw, linear to 0": LINEAR_TO_ZERO,
-    "muon": MUON,
-    "muon, linear to 0": {**MUON, **LINEAR_TO_ZERO},
-    "muon, zero init": {**MUON, "zero_init": True},
-    "muon, beta2 0.99": {**MUON, "beta2": 0.99},
-    "muon, weight decay 0.1": {**MUON, "weight_decay": 0.1},
-    "muon, half the warmup": {**MUON, "warmup_steps": STEPS // 20},
-    "muon, half the batch": {
-        **MUON,
-        "micro_batch_size": BASE["micro_batch_size"] // 2,
-        "rows_per_step": BASE["rows_per_step"] // 2,
-        "max_steps": 2 * STEPS,
-        "warmup_steps": STEPS // 5,
+ROWS, BLOCK_SIZE, EVAL_ROWS, N_EVALUATIONS = 8, 256, 64, 10
+MIN_LEARNING_RATE_SHARE = 0.1  # of the peak, where the cosine ends
+RATES = ("learning_rate", "embedding_learning_rate")  # doubled and halved without end
+LADDERS = {
+    "beta1": (0.6, 0.8, 0.9, 0.95),
+    "beta2": (0.95, 0.99, 0.999),
+    "warmup": (0.05, 0.1, 0.3),  # a share of the steps
+    "weight_decay": (0.01, 0.1, 0.3),
+    "zero_init": (False, True),
+}
+KNOBS = (*RATES, *LADDERS)
+# Where the search begins.
+START = {
+    "adamw": {
+        "learning_rate": 0.006,
+        "embedding_learning_rate": 0.064,
+        "beta1": 0.8,
+        "beta2": 0.99,
+        "warmup": 0.3,
+        "weight_decay": 0.1,
+        "zero_init": True,
     },
-    "muon, twice the batch": {
-        **MUON,
-        "micro_batch_size": 2 * BASE["micro_batch_size"],
-        "rows_per_step": 2 * BASE["rows_per_step"],
-        "max_steps": STEPS // 2,
-        "warmup_steps": STEPS // 20,
-    },
-    "fast": FAST,
-    "fast, 60% of the tokens": {
-        **FAST,
-        "max_steps": STEPS * 6 // 10,
-        "warmup_steps": STEPS * 6 // 100,
+    "muon": {
+        "learning_rate": 0.048,
+        "embedding_learning_rate": 0.048,
+        "beta1": 0.8,
+        "beta2": 0.99,
+        "warmup": 0.1,
+        "weight_decay": 0.1,
+        "zero_init": False,
     },
 }
-# Muon on other training bins, see `make_bins`.
-BINS = {
-    "muon, rows begin with a document": "aligned",
-    "muon, half of the tokens twice": "half",
-}
-RECIPES |= dict.fromkeys(BINS, MUON)
-TUNED = {"adamw": 3e-3, "muon": 2.4e-2}  # and the learning rate that is tried first
+
+Curve = list[list[float]]  # [tokens, validation loss] at each evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig(settings.Settings):
-    """Compare recipes at one size."""
+    """Tune AdamW and Muon alike, and set them side by side."""
 
-    data_dir: str = setting("data/gpteacher", "prepared bins")
-    size: Literal["s", "m", "l"] = setting("m", "3 x 64, 4 x 96 or 6 x 128 (layers x channels)")
-    recipe: settings.MANY = setting((), "which, beside adamw; none: all")
-    out_dir: str = setting("out/recipe", "where runs, tables and pictures go")
-    jobs: int = setting(os.cpu_count() or 1, "runs at a time; the cores are shared out", at_least=1)
+    data_dir: str = setting("data/gpteacher", "prepared bins", path=True)
+    out_dir: str = setting("out/recipe", "where runs, tables and pictures go", path=True)
+    size: Literal["s", "m", "l"] = setting("s", "3 x 64, 4 x 96 or 6 x 128 (layers x channels)")
+    steps: int = setting(250, f"of {ROWS} rows of {BLOCK_SIZE} tokens", at_least=N_EVALUATIONS)
+    contender: settings.MANY = setting((), "adamw or muon; none: both")
+    knob: settings.MANY = setting((), "what is searched, the rest as it starts; none: all")
+    seeds: int = setting(len(SEEDS), "that run the best", at_least=1, at_most=len(SEEDS))
+    # On a CPU the softmax over 50,304 ids is most of a small model's work.
+    vocabulary: int = setting(
+        2048, "commonest ids, all others made one; 0: all", at_least=0, at_most=50_000
+    )
+    report: bool = setting(False, "make no runs; write tables and pictures of those there are")
 
     def check(self) -> None:
-        if unknown := set(self.recipe) - RECIPES.keys():
-            raise UserError(f"--recipe={unknown.pop()}; wanted one of: {'; '.join(RECIPES)}")
+        for flag, known in (("contender", tuple(START)), ("knob", KNOBS)):
+            if unknown := set(getattr(self, flag)) - set(known):
+                self.refuse(flag, f"no {unknown.pop()}; wanted of: {', '.join(known)}")
 
 
 if __name__ == "__main__":
@@ -110,195 +99,234 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from model import GPT, GPTConfig
-from nanosynth import checkpoint, files
+import train
+from benchmarks.step import new_log
+from nanosynth import files, tokenizer
 from nanosynth.data import bins
+from nanosynth.table import table
+from nanosynth.training import distributed
 
 
-class Run(NamedTuple):
-    losses: dict[int, float]  # tokens -> validation loss
-    loss_of_mean: float  # of the mean of the last LAST checkpoints' weights
+class Runs:
+    """The finished runs: a file of one line each, read anew at each look, as others write too."""
+
+    def __init__(self, config: RecipeConfig):
+        self.config, self.path = config, Path(config.out_dir, "runs.jsonl")
+
+    def read(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def curve(self, cell: dict) -> Curve:
+        """Of the run with these settings, which is made where it is not there yet."""
+        for found in self.read():
+            if found["cell"] == cell:
+                return found["curve"]
+        started = time.perf_counter()
+        curve = run(self.config, cell)
+        line = {"cell": cell, "curve": curve, "seconds": round(time.perf_counter() - started, 1)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{curve[-1][1]:.4f}  {cell}", file=sys.stderr, flush=True)
+        return curve
 
 
-def run(config: RecipeConfig, name: str, learning_rate: float, seed: int) -> Run:
-    """One run of train.py, which is made where it is not there yet."""
-    flags = {
-        "min_learning_rate": MIN_LEARNING_RATE_SHARE * learning_rate,
-        **BASE,
-        **SIZES[config.size],
-        **RECIPES[name],
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "data_dir": make_bins(config, BINS[name]) if name in BINS else config.data_dir,
-    }
-    flags["eval_interval"] = flags["max_steps"] // 12
-    flags["save_interval"] = flags["max_steps"] // 25
-    slug = name.replace(", ", "-").replace(" ", "_").replace("%", "")
-    run_dir = Path(config.out_dir) / config.size / f"{slug}-{learning_rate:g}-{seed}"
-    mean_file = run_dir / "loss_of_mean"
-    if not mean_file.exists():
-        threads = max(1, (os.cpu_count() or 1) // config.jobs)
-        subprocess.run(
-            [sys.executable, "train.py", f"--out_dir={run_dir}"]
-            + [f"--{key}={value}" for key, value in flags.items()],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        mean_file.write_text(str(loss_of_mean(config, run_dir)))
-        for step_dir in run_dir.glob("step_*"):
-            shutil.rmtree(step_dir)
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    tokens_per_step = flags["micro_batch_size"] * flags["block_size"]
-    losses = {r["step"] * tokens_per_step: r["loss"] for r in records if r["split"] == "val"}
-    print(
-        f"{config.size} {name}, {learning_rate:g}, seed {seed}: {final(losses):.4f}",
-        file=sys.stderr,
-        flush=True,
+def cell_of(config: RecipeConfig, optimizer: str, knobs: dict, seed: int) -> dict:
+    """All that tells a run from another."""
+    names = ("size", "steps", "vocabulary")
+    place = {name: getattr(config, name) for name in names}
+    return {**place, "optimizer": optimizer, **knobs, "seed": seed}
+
+
+def run(config: RecipeConfig, cell: dict) -> Curve:
+    """Train by train.py's steps, evaluate by its evaluation; nothing else is written."""
+    data_dir, vocab_size = cut_vocabulary(config)
+    tuned = {name: cell[name] for name in ("optimizer", *KNOBS, "seed")}
+    warmup = tuned.pop("warmup")
+    whole = train.TrainConfig(
+        **SIZES[cell["size"]],
+        **tuned,
+        data_dir=data_dir,
+        out_dir=str(Path(config.out_dir, "none")),
+        resume="never",
+        block_size=BLOCK_SIZE,
+        micro_batch_size=ROWS,
+        rows_per_step=ROWS,
+        eval_rows=EVAL_ROWS,
+        max_steps=cell["steps"],
+        warmup_steps=round(warmup * cell["steps"]),
+        min_learning_rate=MIN_LEARNING_RATE_SHARE * cell["learning_rate"],
     )
-    return Run(losses, float(mean_file.read_text()))
+    world = distributed.World(rank=0, size=1, device=torch.device("cpu"))
+    with mock.patch.object(tokenizer, "VOCAB_SIZE", vocab_size):
+        made = train.build(whole, world, train.open_splits(whole))
+    log, curve = new_log(made), []
+    for step in range(made.max_steps):
+        train.take_step(made, step, log)
+        if (step + 1) % (made.max_steps // N_EVALUATIONS) == 0:
+            curve.append(
+                [(step + 1) * made.tokens_per_step, train.evaluate(made, made.n_eval_rows)]
+            )
+    return curve
 
 
-def make_bins(config: RecipeConfig, change: str) -> str:
-    """A copy of data_dir with other training tokens, made where it is not there yet."""
-    folder = Path(config.out_dir) / f"bins_{change}"
+def cut_vocabulary(config: RecipeConfig) -> tuple[str, int]:
+    """(bins, ids they have): data_dir's, or a copy in which all but the commonest ids are one."""
+    size = config.vocabulary
+    if not size:
+        return config.data_dir, tokenizer.VOCAB_SIZE
+    folder = Path(config.out_dir, f"bins_{size}")
     if folder.exists():
-        return str(folder)
-    train, block_size = bins.Split(config.data_dir, "train"), BASE["block_size"]
-    ids, mask = train.ids(0, train.n_tokens), train.mask(0, train.n_tokens)
-    if change == "half":
-        kept = np.arange(STEPS * TOKENS_PER_STEP // 2 + 1)
-    else:  # a row is one stretch; what is left of its last document is dropped
-        starts = np.flatnonzero(np.append(True, ids[:-1] == tokenizer.END_OF_TEXT))
-        rows = [0]
-        while (next_row := np.searchsorted(starts, rows[-1] + block_size)) < len(starts):
-            rows.append(starts[next_row])
-        kept = np.add.outer(rows[:-1], np.arange(block_size)).ravel()
+        return str(folder), size
+    splits = {name: bins.Split(config.data_dir, name) for name in bins.SPLITS}
+    ids = {name: split.ids(0, split.n_tokens) for name, split in splits.items()}
+    counts = np.bincount(ids["train"], minlength=tokenizer.VOCAB_SIZE)
+    new_id = np.full(tokenizer.VOCAB_SIZE, size - 1, "<u2")
+    new_id[np.argsort(-counts, kind="stable")[: size - 1]] = np.arange(size - 1)
     meta = json.loads(Path(config.data_dir, "meta.json").read_text())
     with files.new_folder(folder) as made:
         shutil.copytree(config.data_dir, made, dirs_exist_ok=True)
-        for name, array in (("train.bin", ids[kept]), ("train_mask.bin", mask[kept])):
-            with files.HashedFile(made / name) as file:
-                file.write(array.tobytes())
-            meta["files"][name] = file.summary()
+        for name in ids:
+            with files.HashedFile(made / f"{name}.bin") as file:
+                file.write(new_id[ids[name]].tobytes())
+            meta["files"][f"{name}.bin"] = file.summary()
         (made / "meta.json").write_text(json.dumps(meta))
-    return str(folder)
+    return str(folder), size
 
 
-@torch.no_grad()
-def loss_of_mean(config: RecipeConfig, run_dir: Path) -> float:
-    """Validation loss of the mean of the weights in a run's last checkpoints."""
-    mean: dict[str, torch.Tensor] = {}
-    for step in sorted(checkpoint.steps(run_dir))[-LAST:]:
-        step_dir = checkpoint.folder(run_dir, step)
-        meta = checkpoint.verify(step_dir)
-        for key, tensor in checkpoint.read_model(step_dir, meta).items():
-            mean[key] = mean.get(key, 0.0) + tensor / LAST
-    model = GPT(GPTConfig(**meta["identity"]["model"])).eval()
-    model.load_state_dict(mean)
-    split, block_size = bins.Split(config.data_dir, "val"), BASE["block_size"]
-    losses = []
-    for row in range(BASE["eval_rows"]):
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.append(model(*bins.read_batch(split, [row], block_size, "all")))
-    return torch.cat(losses).double().mean().item()
+def search(score, start: dict, knobs: tuple[str, ...]) -> dict:
+    """Where no value beside that of any of `knobs` gives a lower `score`, from `start`."""
+    best, moved = start, True
+    while moved:
+        moved = False
+        for knob in knobs:
+            while better := next((n for n in beside(best, knob) if score(n) < score(best)), None):
+                best, moved = better, True
+    return best
 
 
-def final(losses: dict[int, float]) -> float:
-    return losses[max(losses)]
+def beside(knobs: dict, name: str) -> list[dict]:
+    """`knobs` with the next value of one, upwards and downwards."""
+    value = knobs[name]
+    values = (value / 2, value, value * 2) if name in RATES else LADDERS[name]
+    place = values.index(value)
+    near = [values[n] for n in (place + 1, place - 1) if 0 <= n < len(values)]
+    return [{**knobs, name: other} for other in near]
 
 
-def tokens_to_reach(losses: dict[int, float], target: float) -> float | None:
+def final(curve: Curve) -> float:
+    """The last loss; infinite where the run broke."""
+    loss = curve[-1][1]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def tokens_to_reach(curve: Curve, target: float) -> float | None:
     """Where the curve first comes down to `target`, on the line between two evaluations."""
-    points = sorted(losses.items())
-    if points[0][1] <= target:
-        return points[0][0]
-    for (left, high), (right, low) in zip(points, points[1:], strict=False):
+    if curve[0][1] <= target:
+        return curve[0][0]
+    for (left, high), (right, low) in itertools.pairwise(curve):
         if low <= target:
             return left + (right - left) * (high - target) / (high - low) if high > low else right
     return None
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half of its 95% interval by Student's t) of two or three values."""
+def interval(values: list[float], form: str = ".3f") -> str:
+    """The mean ± half of its 95% interval by Student's t; of one value the value alone."""
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return f"{mean} (one seed)"
     half = {2: 12.706, 3: 4.303}[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
+    return f"{mean} ± {half:{form}}"
 
 
-def tune(config: RecipeConfig, name: str) -> dict[float, float]:
-    """learning rate -> final loss at the first seed; the best has a worse one on either side."""
-    tried: dict[float, float] = {}
-    rate = TUNED[name]
-    while rate:
-        tried[rate] = final(run(config, name, rate, SEEDS[0]).losses)
-        best = min(tried, key=tried.get)
-        rate = next((near for near in (2 * best, best / 2) if near not in tried), None)
-    return dict(sorted(tried.items()))
+def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
+    """Of a contender's runs those of the settings best at the first seed, that seed first."""
+    ours = [run for run in runs if run["cell"]["optimizer"] == optimizer]
+    first = [run for run in ours if run["cell"]["seed"] == SEEDS[0]]
+    if not first:
+        return []
+    best = min(first, key=lambda run: final(run["curve"]))["cell"]
+    alike = [run for run in ours if {**run["cell"], "seed": SEEDS[0]} == best]
+    return sorted(alike, key=lambda run: run["cell"]["seed"])
 
 
-def table(runs: dict[str, list[Run]], tried: dict, rates: dict) -> str:
-    """The comparison in Markdown; every recipe that was run stands in it."""
-    target, _ = interval([final(made.losses) for made in runs["adamw"]])
-    budget = STEPS * TOKENS_PER_STEP
-    lines = [
-        "| recipe | learning rate | final validation loss | of the last weights' mean"
-        " | share of the tokens to adamw's end |",
-        "|---|---|---|---|---|",
-    ]
-    for name, made in runs.items():
-        loss, half = interval([final(one.losses) for one in made])
-        mean_loss, mean_half = interval([one.loss_of_mean for one in made])
-        reached = [tokens_to_reach(one.losses, target) for one in made]
+def tried(runs: list[dict], best: dict) -> list[str]:
+    """A line a knob: the losses of the runs that differ from the best in it alone."""
+    lines = []
+    for knob in KNOBS:
+        losses = {
+            run["cell"][knob]: final(run["curve"])
+            for run in runs
+            if {**run["cell"], knob: best[knob]} == best
+        }
+        found = ", ".join(f"{value:g}: {loss:.3f}" for value, loss in sorted(losses.items()))
+        lines.append(f"- {best['optimizer']}, {knob}: {found}")
+    return lines
+
+
+def report(config: RecipeConfig, runs: list[dict]) -> str:
+    """Every size and length in Markdown, its picture beside it: OUT_DIR/recipe_SIZE_STEPS.png."""
+    head = ["layers x channels", "steps", "adamw's end", "muon's end", "muon there after"]
+    rows, lines = [head], []
+    for size, steps in itertools.product(SIZES, sorted({run["cell"]["steps"] for run in runs})):
+        here = [r for r in runs if (r["cell"]["size"], r["cell"]["steps"]) == (size, steps)]
+        best = {name: tuned_runs(here, name) for name in START}
+        if not all(best.values()):
+            continue
+        ends = {name: [final(run["curve"]) for run in made] for name, made in best.items()}
+        target = statistics.mean(ends["adamw"])
+        reached = [tokens_to_reach(run["curve"], target) for run in best["muon"]]
         share = "not reached by every seed"
         if None not in reached:
-            share = "{:.0%} ± {:.0%}".format(*interval([tokens / budget for tokens in reached]))
-        lines.append(
-            f"| {name} | {rates[name]:g} | {loss:.3f} ± {half:.3f}"
-            f" | {mean_loss:.3f} ± {mean_half:.3f} | {share} |"
+            n_tokens = steps * ROWS * BLOCK_SIZE
+            share = interval([tokens / n_tokens for tokens in reached], ".0%")
+        shape = f"{SIZES[size]['n_layer']} x {SIZES[size]['n_embd']}"
+        rows.append([shape, f"{steps:,}", interval(ends["adamw"]), interval(ends["muon"]), share])
+        lines += ["", f"{shape}, {steps:,} steps, at the first seed:", ""]
+        for made in best.values():
+            lines += tried(here, made[0]["cell"])
+        draw(best, f"{shape}, {steps:,} steps", Path(config.out_dir, f"recipe_{size}_{steps}.png"))
+    return "\n".join([table(rows, markdown=True), *lines]) if lines else "no contender's end yet"
+
+
+def draw(best: dict[str, list[dict]], title: str, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, runs in best.items():
+        tokens = [point[0] / 1e6 for point in runs[0]["curve"]]
+        losses = np.array([[point[1] for point in run["curve"]] for run in runs])
+        (line,) = axes.plot(tokens, losses.mean(axis=0), label=name)
+        axes.fill_between(
+            tokens, losses.min(axis=0), losses.max(axis=0), color=line.get_color(), alpha=0.25
         )
-    lines += ["", "Tried at the first seed, final validation loss:", ""]
-    for name, losses in tried.items():
-        found = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items())
-        lines.append(f"- {name}: {found}")
-    return "\n".join(lines)
-
-
-def draw(config: RecipeConfig, runs: dict[str, list[Run]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, made in runs.items():
-        curves = [one.losses for one in made]
-        points = sorted(set.intersection(*map(set, curves)))
-        millions = [tokens / 1e6 for tokens in points]
-        means = [statistics.mean(curve[tokens] for curve in curves) for tokens in points]
-        (line,) = axes.plot(millions, means, label=name)
-        for curve in curves:
-            axes.plot(millions, [curve[t] for t in points], color=line.get_color(), alpha=0.2)
-    target = statistics.mean(final(made.losses) for made in runs["adamw"])
+    target = statistics.mean(final(run["curve"]) for run in best["adamw"])
     axes.axhline(target, color="grey", linestyle=":", label="adamw's end")
-    shape = SIZES[config.size]
-    axes.set_title(f"{shape['n_layer']} layers x {shape['n_embd']} channels, {len(SEEDS)} seeds")
+    axes.set_title(f"{title}: mean and range of the seeds")
     axes.set(xlabel="million tokens", ylabel="validation loss, nats a token")
     axes.set_ylim(top=target + 1.2)
-    figure.legend(loc="outside right upper")
+    axes.legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(config: RecipeConfig) -> None:
     matplotlib.use("Agg")
-    names = [name for name in RECIPES if name in ("adamw", *(config.recipe or RECIPES))]
-    for name in BINS.keys() & names:  # before the runs, which are made side by side
-        make_bins(config, BINS[name])
-    with ThreadPoolExecutor(config.jobs) as pool:
-        tried = dict(zip(TUNED, pool.map(lambda name: tune(config, name), TUNED), strict=True))
-        best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
-        rates = {name: best[RECIPES[name].get("optimizer", "adamw")] for name in names}
-        jobs = [(name, seed) for name in names for seed in SEEDS]
-        made = list(pool.map(lambda job: run(config, job[0], rates[job[0]], job[1]), jobs))
-    runs = {name: made[i * len(SEEDS) :][: len(SEEDS)] for i, name in enumerate(names)}
-    text = table(runs, tried, rates)
-    Path(config.out_dir, f"{config.size}.md").write_text(text + "\n")
-    draw(config, runs, Path(config.out_dir, f"{config.size}.png"))
+    runs = Runs(config)
+    for name in config.contender or START:
+        if config.report:
+            break
+
+        def loss(knobs: dict, seed: int = SEEDS[0], name: str = name) -> float:
+            return final(runs.curve(cell_of(config, name, knobs, seed)))
+
+        best = search(loss, START[name], config.knob or KNOBS)
+        for seed in SEEDS[: config.seeds]:
+            loss(best, seed)
+    here = [run for run in runs.read() if run["cell"]["vocabulary"] == config.vocabulary]
+    text = report(config, here)
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    Path(config.out_dir, "recipe.md").write_text(text + "\n")
     print(text)
 
 

@@ -1,96 +1,133 @@
 import json
+import math
 import statistics
 
-import numpy as np
 import pytest
 
 from benchmarks import recipe
-from nanosynth import UserError, tokenizer
+from nanosynth import UserError
 from nanosynth.data import bins
 from tiny import write_bins
 
 CONFIG = recipe.RecipeConfig()
 
 
-def made(*losses: float) -> recipe.Run:
-    """A run evaluated at equal distances up to the whole budget."""
-    budget = recipe.STEPS * recipe.TOKENS_PER_STEP
-    step = budget // len(losses)
-    return recipe.Run({step * (n + 1): loss for n, loss in enumerate(losses)}, losses[-1])
+def test_the_search_ends_where_no_value_beside_is_better():
+    """A bowl whose bottom is far from the start, in rates and in values of a ladder alike."""
+    bottom = {**recipe.START["adamw"], "learning_rate": 0.024, "beta1": 0.95, "zero_init": False}
+    bottom["embedding_learning_rate"] = 0.008
+    tried = []
+
+    def score(knobs: dict) -> float:
+        tried.append(knobs)
+        distance = sum(abs(math.log2(knobs[n] / bottom[n])) for n in recipe.RATES)
+        return distance + sum(
+            abs(ladder.index(knobs[n]) - ladder.index(bottom[n]))
+            for n, ladder in recipe.LADDERS.items()
+        )
+
+    assert recipe.search(score, recipe.START["adamw"], recipe.KNOBS) == bottom
+    for knob in recipe.KNOBS:
+        assert all(near in tried for near in recipe.beside(bottom, knob))
+    found = recipe.search(score, recipe.START["adamw"], ("beta1",))
+    assert found == {**recipe.START["adamw"], "beta1": 0.95}
 
 
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (3e-3, [1.5e-3, 3e-3, 6e-3]),
-        (1.2e-2, [3e-3, 6e-3, 1.2e-2, 2.4e-2]),
-        (7.5e-4, [3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3]),
-    ],
-)
-def test_the_best_learning_rate_has_a_worse_one_on_either_side(monkeypatch, best, tried):
-    monkeypatch.setattr(
-        recipe, "run", lambda config, name, rate, seed: made(abs(np.log(rate / best)))
-    )
-    losses = recipe.tune(CONFIG, "adamw")
-    assert list(losses) == pytest.approx(tried)
-    assert min(losses, key=losses.get) == pytest.approx(best)
+def test_every_start_stands_on_the_ladders():
+    for start in recipe.START.values():
+        assert list(start) == list(recipe.KNOBS)
+        assert all(start[name] in ladder for name, ladder in recipe.LADDERS.items())
 
 
 def test_tokens_to_reach_a_loss_lie_between_two_evaluations():
-    losses = {100: 4.0, 200: 3.0, 300: 3.5, 400: 2.0}
-    assert recipe.tokens_to_reach(losses, 3.25) == 175
-    assert recipe.tokens_to_reach(losses, 2.75) == 350
-    assert recipe.tokens_to_reach(losses, 1.0) is None
-    assert recipe.tokens_to_reach(losses, 5.0) == 100
+    curve = [[100, 4.0], [200, 3.0], [300, 3.5], [400, 2.0]]
+    assert recipe.tokens_to_reach(curve, 3.25) == 175
+    assert recipe.tokens_to_reach(curve, 2.75) == 350
+    assert recipe.tokens_to_reach(curve, 1.0) is None
+    assert recipe.tokens_to_reach(curve, 5.0) == 100
 
 
 def test_the_interval_is_students():
-    values = [2.0, 3.0, 4.0]
-    mean, half = recipe.interval(values)
-    assert mean == 3.0
-    assert half == pytest.approx(4.303 * statistics.stdev(values) / 3**0.5)
+    half = 4.303 * statistics.stdev([2.0, 3.0, 4.0]) / 3**0.5
+    assert recipe.interval([2.0, 3.0, 4.0]) == f"3.000 ± {half:.3f}"
+    assert recipe.interval([2.0]) == "2.000 (one seed)"
 
 
-def test_the_table_keeps_what_lost():
-    runs = {
-        "adamw": [made(4.0, 3.0), made(4.2, 3.2), made(4.4, 3.1)],
-        "muon": [made(3.1, 2.5)] * 3,
-        "fast": [made(5.0, 4.0)] * 3,
-    }
-    text = recipe.table(runs, {"adamw": {0.012: 3.0}}, dict.fromkeys(runs, 0.012))
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
-    assert rows["adamw"].startswith("| adamw | 0.012 | 3.100 ± 0.248 |")
-    assert rows["muon"].endswith("| 50% ± 0% |")
-    assert rows["fast"].endswith("| not reached by every seed |")
-    assert "- adamw: 0.012: 3.000" in text
+def made(optimizer: str, *losses: float, seed: int = 42, **knobs) -> dict:
+    """A finished run, evaluated at equal distances up to its last token."""
+    knobs = {**recipe.START[optimizer], **knobs}
+    n_tokens = CONFIG.steps * recipe.ROWS * recipe.BLOCK_SIZE
+    tokens = [n_tokens * (n + 1) // len(losses) for n in range(len(losses))]
+    cell = recipe.cell_of(CONFIG, optimizer, knobs, seed)
+    return {"cell": cell, "curve": list(map(list, zip(tokens, losses, strict=True)))}
 
 
-def test_made_bins_change_the_training_tokens_alone(tmp_path, monkeypatch):
-    monkeypatch.setitem(recipe.BASE, "block_size", 8)
-    monkeypatch.setattr(recipe, "TOKENS_PER_STEP", 8)
-    monkeypatch.setattr(recipe, "STEPS", 10)
-    documents = [([n] * (4 + n) + [tokenizer.END_OF_TEXT], [1] * (5 + n)) for n in range(1, 12)]
+def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
+    runs = [
+        *(
+            made("adamw", 4.0, loss, seed=seed)
+            for seed, loss in zip(recipe.SEEDS, (3.0, 3.2, 3.1), strict=True)
+        ),
+        made("adamw", 4.0, 3.5, beta1=0.9),
+        *(made("muon", 3.1, 2.5, seed=seed) for seed in recipe.SEEDS),
+        made("muon", 4.0, math.nan, learning_rate=0.096),
+    ]
+    text = recipe.report(recipe.RecipeConfig(out_dir=str(tmp_path)), runs)
+    (row,) = (line for line in text.splitlines() if line.startswith("| 3 x 64"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("3 x 64", "250", "3.100 ± 0.248", "2.500 ± 0.000", "50% ± 0%")
+    ]
+    assert "- adamw, beta1: 0.8: 3.000, 0.9: 3.500" in text
+    assert "- muon, learning_rate: 0.048: 2.500, 0.096: inf" in text
+    assert (tmp_path / "recipe_s_250.png").exists()
+
+
+def test_a_muon_that_never_comes_there_is_said(tmp_path):
+    runs = [made("adamw", 4.0, 3.0), made("muon", 4.0, 3.5)]
+    text = recipe.report(recipe.RecipeConfig(out_dir=str(tmp_path)), runs)
+    assert "3.500 (one seed)" in text and "not reached by every seed" in text
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A config whose runs take a moment."""
+    monkeypatch.setitem(recipe.SIZES, "s", {"n_layer": 1, "n_head": 2, "n_embd": 8})
+    monkeypatch.setattr(recipe, "BLOCK_SIZE", 8)
+    documents = [([1, 2, 3, 50_000 + n, 50_256], [1] * 5) for n in range(40)]
     source = write_bins(tmp_path / "data", {"train": documents, "val": documents})
-    config = recipe.RecipeConfig(data_dir=source, out_dir=str(tmp_path))
-    old = bins.Split(source, "train")
-    ids = old.ids(0, old.n_tokens)
-    half = bins.Split(recipe.make_bins(config, "half"), "train")
-    assert np.array_equal(half.ids(0, half.n_tokens), ids[:41])
-    aligned = bins.Split(recipe.make_bins(config, "aligned"), "train")
-    starts = aligned.ids(0, aligned.n_tokens)[::8]
-    assert len(starts) > 3 and tokenizer.END_OF_TEXT not in starts
-    firsts = ids[np.flatnonzero(np.append(True, ids[:-1] == tokenizer.END_OF_TEXT))]
-    assert set(starts) <= set(firsts)
-    for name in ("half", "aligned"):
-        val = (tmp_path / f"bins_{name}" / "val.bin").read_bytes()
-        assert val == (tmp_path / "data" / "val.bin").read_bytes()
-        meta = json.loads((tmp_path / f"bins_{name}" / "meta.json").read_text())
-        assert (
-            meta["files"]["train.bin"]["sha256"]
-            == bins.Split(str(tmp_path / f"bins_{name}"), "train").sha256
-        )
+    return recipe.RecipeConfig(
+        data_dir=source, out_dir=str(tmp_path / "out"), vocabulary=5, steps=20
+    )
 
 
-def test_an_unknown_recipe_is_named():
-    with pytest.raises(UserError, match="--recipe=sophia; wanted one of: adamw; "):
-        recipe.RecipeConfig(recipe=("sophia",))
+def test_the_vocabulary_is_cut_to_the_commonest_ids(small):
+    folder, vocab_size = recipe.cut_vocabulary(small)
+    old, new = bins.Split(small.data_dir, "val"), bins.Split(folder, "val")
+    ids = new.ids(0, new.n_tokens)
+    assert vocab_size == 5 and set(ids) == {0, 1, 2, 3, 4}
+    assert set(old.ids(0, old.n_tokens)[ids == 4]) == {50_000 + n for n in range(40)}
+    assert recipe.cut_vocabulary(small)[0] == folder  # the second time it is there
+
+
+@pytest.mark.parametrize("optimizer", recipe.START)
+def test_a_run_learns_and_is_not_made_again(small, monkeypatch, optimizer):
+    runs = recipe.Runs(small)
+    cell = recipe.cell_of(small, optimizer, recipe.START[optimizer], 42)
+    curve = runs.curve(cell)
+    assert (
+        [point[0] for point in curve]
+        == [128 * n for n in range(1, 11)]
+        == [2 * recipe.ROWS * 8 * n for n in range(1, 11)]
+    )
+    assert curve[-1][1] < math.log(5) - 0.1
+    monkeypatch.setattr(recipe, "run", None)
+    assert recipe.Runs(small).curve(json.loads(json.dumps(cell))) == curve
+    with pytest.raises(TypeError):  # another seed is another run
+        runs.curve({**cell, "seed": 43})
+
+
+def test_an_unknown_contender_or_knob_is_named():
+    with pytest.raises(UserError, match="--contender.* no sophia; wanted of: adamw, muon"):
+        recipe.RecipeConfig(contender=("sophia",))
+    with pytest.raises(UserError, match="--knob.* no beta3; wanted of: learning_rate, "):
+        recipe.RecipeConfig(knob=("beta3",))

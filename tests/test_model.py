@@ -21,8 +21,10 @@ def config_file(name: str) -> TrainConfig:
     [
         ("500m", 355_919_872),
         ("500m_fast", 355_919_872),
+        ("500m_fast_adamw", 355_919_872),
         ("1b", 760_372_224),
         ("1b_fast", 760_372_224),
+        ("1b_fast_adamw", 760_372_224),
         ("124m", 124_475_904),
     ],
 )
@@ -35,10 +37,14 @@ def test_parameter_count(name, count):
 
 @pytest.mark.parametrize("name", ["500m", "1b"])
 def test_the_fast_configurations_change_the_recipe_alone(name):
-    plain, fast = asdict(config_file(name)), asdict(config_file(f"{name}_fast"))
+    plain, fast, adamw = (
+        asdict(config_file(f"{name}{suffix}")) for suffix in ("", "_fast", "_fast_adamw")
+    )
+    recipe = {"learning_rate", "min_learning_rate", "beta1", "beta2", "weight_decay"} | {"out_dir"}
     changed = {key for key in plain if plain[key] != fast[key]}
-    recipe = {"optimizer", "learning_rate", "min_learning_rate", "warmup_steps"}
-    assert changed == {"out_dir", "beta2", "weight_decay"} | recipe
+    assert changed == recipe | {"optimizer", "warmup_steps"}
+    changed = {key for key in plain if plain[key] != adamw[key]}
+    assert changed == recipe | {"embedding_learning_rate", "zero_init"}
 
 
 def test_flops_by_hand():

@@ -1,0 +1,35 @@
+# "500M": 355,919,872 parameters, by AdamW with a rate for embeddings: the same model, rows and
+# steps as config/500m.py, and the same weights' format. Measured at small sizes on a CPU
+# (benchmarks/RESULTS.md, "Recipes"), not yet at this one.
+data_dir = "data/openhermes"
+out_dir = "out/500m_fast_adamw"
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+block_size = 2048
+bias = True
+
+micro_batch_size = 4
+rows_per_step = 32  # on any number of GPUs: 65,536 tokens a step
+epochs = 1.0
+dropout = 0.0  # every token is seen once, so there is nothing to memorise
+
+optimizer = "adamw"
+# A bet, between 2.5e-4, to which the rate of 64 channels, 250 steps and 2,048 tokens a step leads
+# by docs/speed.md's rule, and 1.1e-3, to which that of a published run of 124M parameters does.
+learning_rate = 5e-4
+min_learning_rate = 5e-5
+embedding_learning_rate = 5e-3  # ten times the matrices', as at 64 channels: most of the gain
+warmup_steps = 1000  # 30% of 250 steps beat 10% with a rate so high; a sixth of this run
+beta1 = 0.8
+beta2 = 0.99
+weight_decay = 0.1
+zero_init = True
+
+dtype = "float16"
+gradient_checkpointing = False  # True takes less memory for about a third more time
+
+eval_interval = 1000
+save_interval = 5000
+keep_last = 3

@@ -43,7 +43,7 @@ LADDERS = {
     "zero_init": (False, True),
 }
 KNOBS = (*RATES, *LADDERS)
-# Where the search begins.
+# Where the search begins: what is best of what was tried at 3 x 64 and 250 steps.
 START = {
     "adamw": {
         "learning_rate": 0.006,
@@ -55,7 +55,7 @@ START = {
         "zero_init": True,
     },
     "muon": {
-        "learning_rate": 0.048,
+        "learning_rate": 0.024,
         "embedding_learning_rate": 0.048,
         "beta1": 0.8,
         "beta2": 0.99,
@@ -77,7 +77,9 @@ class RecipeConfig(settings.Settings):
     size: Literal["s", "m", "l"] = setting("s", "3 x 64, 4 x 96 or 6 x 128 (layers x channels)")
     steps: int = setting(250, f"of {ROWS} rows of {BLOCK_SIZE} tokens", at_least=N_EVALUATIONS)
     contender: settings.MANY = setting((), "adamw or muon; none: both")
-    knob: settings.MANY = setting((), "what is searched, the rest as it starts; none: all")
+    knob: settings.MANY = setting(
+        (), "what is searched, the rest as it starts; default all; or none"
+    )
     seeds: int = setting(len(SEEDS), "that run the best", at_least=1, at_most=len(SEEDS))
     # On a CPU the softmax over 50,304 ids is most of a small model's work.
     vocabulary: int = setting(
@@ -86,7 +88,7 @@ class RecipeConfig(settings.Settings):
     report: bool = setting(False, "make no runs; write tables and pictures of those there are")
 
     def check(self) -> None:
-        for flag, known in (("contender", tuple(START)), ("knob", KNOBS)):
+        for flag, known in (("contender", tuple(START)), ("knob", (*KNOBS, "none"))):
             if unknown := set(getattr(self, flag)) - set(known):
                 self.refuse(flag, f"no {unknown.pop()}; wanted of: {', '.join(known)}")
 
@@ -135,8 +137,7 @@ class Runs:
 
 def cell_of(config: RecipeConfig, optimizer: str, knobs: dict, seed: int) -> dict:
     """All that tells a run from another."""
-    names = ("size", "steps", "vocabulary")
-    place = {name: getattr(config, name) for name in names}
+    place = {"size": config.size, "steps": config.steps, "vocabulary": config.vocabulary}
     return {**place, "optimizer": optimizer, **knobs, "seed": seed}
 
 
@@ -187,7 +188,8 @@ def cut_vocabulary(config: RecipeConfig) -> tuple[str, int]:
     new_id[np.argsort(-counts, kind="stable")[: size - 1]] = np.arange(size - 1)
     meta = json.loads(Path(config.data_dir, "meta.json").read_text())
     with files.new_folder(folder) as made:
-        shutil.copytree(config.data_dir, made, dirs_exist_ok=True)
+        renewed = shutil.ignore_patterns(*(f"{name}.bin" for name in ids), "meta.json")
+        shutil.copytree(config.data_dir, made, ignore=renewed, dirs_exist_ok=True)
         for name in ids:
             with files.HashedFile(made / f"{name}.bin") as file:
                 file.write(new_id[ids[name]].tobytes())
@@ -254,16 +256,19 @@ def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
 
 def tried(runs: list[dict], best: dict) -> list[str]:
     """A line a knob: the losses of the runs that differ from the best in it alone."""
-    lines = []
+    lines, kept = [], []
     for knob in KNOBS:
         losses = {
             run["cell"][knob]: final(run["curve"])
             for run in runs
             if {**run["cell"], knob: best[knob]} == best
         }
+        if len(losses) == 1:
+            kept.append(f"{knob} {best[knob]:g}")
+            continue
         found = ", ".join(f"{value:g}: {loss:.3f}" for value, loss in sorted(losses.items()))
         lines.append(f"- {best['optimizer']}, {knob}: {found}")
-    return lines
+    return lines + [f"- {best['optimizer']}, not searched: {', '.join(kept)}"] * bool(kept)
 
 
 def report(config: RecipeConfig, runs: list[dict]) -> str:
@@ -320,7 +325,8 @@ def main(config: RecipeConfig) -> None:
         def loss(knobs: dict, seed: int = SEEDS[0], name: str = name) -> float:
             return final(runs.curve(cell_of(config, name, knobs, seed)))
 
-        best = search(loss, START[name], config.knob or KNOBS)
+        knobs = tuple(knob for knob in KNOBS if knob in (config.knob or KNOBS))
+        best = search(loss, START[name], knobs)
         for seed in SEEDS[: config.seeds]:
             loss(best, seed)
     here = [run for run in runs.read() if run["cell"]["vocabulary"] == config.vocabulary]

@@ -16,7 +16,7 @@ epochs = 1.0
 dropout = 0.0  # every token is seen once, so there is nothing to memorise
 
 optimizer = "muon"
-# A bet, between 8e-3, to which the rate of 64 channels, 250 steps and 2,048 tokens a step leads by
+# A bet, between 4e-3, to which the rate of 64 channels, 250 steps and 2,048 tokens a step leads by
 # docs/speed.md's rule, and 1.1e-3, to which that of a published run of 124M parameters does.
 learning_rate = 2e-3  # embeddings too: a rate of their own did not pay with Muon
 min_learning_rate = 2e-4  # a tenth: going down to zero did not pay

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from nanosynth import UserError, settings, tokenizer
+from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
 
 MOST_SOURCES = 20  # that are told apart, the largest; the others stand together
@@ -217,7 +217,7 @@ def report(result: dict) -> str:
         parts.append("no other token was a target in training (loss_on=assistant)")
     for use in ("source", "category"):
         named = {name: of.get(kinds[0]) for name, of in result.get(f"by_{use}", {}).items()}
-        rows = [row(name[:40], found) for name, found in named.items() if found]
+        rows = [row(terminal.one_line(name)[:40], found) for name, found in named.items() if found]
         if len(rows) > 1:
             parts.append("\n" + table([[f"{kinds[0]} tokens by {use}", *HEAD], *rows]))
     return "\n".join(parts)
@@ -273,7 +273,7 @@ def main(config: EvalConfig) -> None:
         result["by_position"] = by_position(losses, weights, block_size=block_size, stride=stride)
         target = path.parent / "eval_ppl.json"
         write_atomically(target, json.dumps(result, indent=2))
-        print(f"{report(result)}\nall figures: {target}")
+        terminal.say(f"{report(result)}\nall figures: {target}")
 
 
 if __name__ == "__main__":

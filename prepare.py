@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nanosynth import UserError, settings, tokenizer
+from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.data import conversations, formats, sources
 from nanosynth.files import temporary
 from nanosynth.settings import setting
@@ -127,7 +127,7 @@ def main(config: PrepareConfig) -> None:
             meta = prepare(config, columns, split_by="all user turns")
     except OSError as error:
         raise UserError(f"stopped while preparing {config.data_dir}: {error}") from error
-    print(f"{stats.summary(meta)}\n\nwritten to {config.data_dir}")
+    terminal.say(f"{stats.summary(meta)}\n\nwritten to {config.data_dir}")
 
 
 class OneFirstTurn(Exception):

@@ -13,6 +13,8 @@ def table(
     a      2.5
     b    10.25
     """
+    if markdown:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [

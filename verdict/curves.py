@@ -53,6 +53,28 @@ def _as_png(found: list[Run], events: dict[str, Events]) -> bytes:
     return png.getvalue()
 
 
+def draw_labels(labels: dict[str, list[tuple[str, dict, int]]], path: Path) -> None:
+    """Bars of the perplexity by source and category, with their intervals; replaces `path`."""
+    with rc_context(PLAIN):
+        n_bars = max(map(len, labels.values()))
+        size = (6 * len(labels) + 1, 1.2 + 0.28 * n_bars)
+        figure = Figure(figsize=size, layout="constrained")
+        for axis, (use, parts) in zip(
+            figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True
+        ):
+            names, values = [name for name, _, _ in parts], [of["perplexity"] for _, of, _ in parts]
+            axis.barh(range(len(parts)), values, color="C0", alpha=0.8)
+            for place, (_, of, _) in enumerate(parts):
+                axis.plot(of["perplexity_95"], [place] * len(of["perplexity_95"]), color="black")
+            axis.set_yticks(range(len(parts)), names)
+            axis.set_ylim(n_bars - 0.5, -0.5)
+            axis.set_xlim(left=0)
+            axis.set_xlabel(f"perplexity by {use}, with its 95% interval")
+        png = io.BytesIO()
+        figure.savefig(png, dpi=110, format="png")
+        write_atomically(path, png.getvalue())
+
+
 def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:
     """Each panel as an <svg> of its own, drawn in the text colour of the page that has it."""
     pictures = []

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from math import exp, log2
 from statistics import fmean, linear_regression
 
+from nanosynth.terminal import one_line
 from verdict.runs import Run
 from verdict.schemas import KINDS
 
@@ -94,6 +95,21 @@ def by_position(run: Run) -> list[tuple[str, float, int]]:
         for part in run.perplexity.get("by_position", ())
         if part["loss"] < MOST_NATS
     ]
+
+
+def by_label(run: Run) -> dict[str, list[tuple[str, dict, int]]]:
+    """By 'source' and 'category', where there are several: (name, figures, documents) of each, over
+    the tokens that training had for targets.
+    """
+    kind = "assistant" if run.perplexity.get("loss_on") == "assistant" else "all"
+    found = {}
+    for use in ("source", "category"):
+        parts = run.perplexity.get(f"by_{use}", {}).items()
+        rows = [(one_line(name)[:40], part.get(kind), part["documents"]) for name, part in parts]
+        rows = [row for row in rows if row[1] and KINDS["number"](row[1]["perplexity"])]
+        if len(rows) > 1:
+            found[use] = rows
+    return found
 
 
 HOW_MEASURED = ("n", "left_out", "distinct_counts", "compression_bytes")  # no figures

@@ -19,7 +19,7 @@ from nanosynth.files import write_atomically
 from nanosynth.table import table
 from verdict import control, criteria, curves, quality
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
-from verdict.figures import answers, by_position, figures, leaves, loss_at
+from verdict.figures import answers, by_label, by_position, figures, leaves, loss_at
 from verdict.runs import Run
 from verdict.schemas import KINDS
 
@@ -169,6 +169,19 @@ def position_table(run: Run) -> Table | None:
     return Table(rows) if len(rows) > 1 else None
 
 
+def label_tables(run: Run) -> dict[str, Table]:
+    """By 'source' and 'category': which part of the data the run has learnt."""
+    tables = {}
+    for use, parts in by_label(run).items():
+        rows = [[use, "perplexity", "95% interval", "bits a byte", "tokens", "documents"]]
+        for name, scored, documents in parts:
+            cells = [shown(scored["perplexity"]), interval_text(scored["perplexity_95"])]
+            cells += [shown(scored["bits_per_byte"]), f"{scored['tokens']:,}", f"{documents:,}"]
+            rows.append([name, *cells])
+        tables[use] = Table(rows)
+    return tables
+
+
 def control_table(run: Run) -> Table:
     rows = [["figure", "of", run.path, "the control", "difference", "95% interval", "n"]]
     for found in run.control.get("differences", ()):
@@ -284,6 +297,9 @@ def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
                 "control_table": control_table(run),
                 "position": position_table(run),
                 "positions": by_position(run),
+                "by_label": label_tables(run),
+                "labels": by_label(run),
+                "labels_file": "sources.png" if number == 1 else f"sources_{number}.png",
                 "answers": answers_table(run),
                 "tasks": tasks_table(run),
                 "zero_shot": zero_shot(run),
@@ -293,7 +309,7 @@ def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
                 "samples": run.samples[:MOST_ANSWERS],
                 "n_samples": len(run.samples),
             }
-            for run in runs
+            for number, run in enumerate(runs, 1)
         ],
         "filters": filters([sample for run in runs for sample in run.samples[:MOST_ANSWERS]]),
         "about_control": ABOUT_CONTROL,
@@ -350,6 +366,9 @@ def write(runs: list[Run], folder: Path, n_samples: int) -> str:
         write_atomically(folder / "report.md", render("report.md", facts))
         write_atomically(folder / "report.json", found)
         curves.draw(runs, events, folder / "curves.png")
+        for run in facts["runs"]:
+            if run["labels"]:
+                curves.draw_labels(run["labels"], folder / run["labels_file"])
     except OSError as error:
         raise UserError(f"cannot write the report: {error}; use another --output_dir") from error
     rows, left = facts["criteria"]

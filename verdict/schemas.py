@@ -45,9 +45,12 @@ SAMPLE = fields(
 CHECKPOINT = fields("step:count", identity=fields("data_sha256?:text|null") | {"model?": {}})
 SCORED = fields("perplexity:positive|nan bits_per_byte:number|nan tokens:count")
 SCORED["perplexity_95"] = ["number|nan"]
+BY_LABEL = {"*": {"all?": SCORED, "assistant?": SCORED, "documents": "count"}}
 PERPLEXITY = {
     **fields("checkpoint:text data:text data_sha256:text loss_on:text|null"),
     **{"all": SCORED, "assistant?": SCORED},
+    "by_source?": BY_LABEL,
+    "by_category?": BY_LABEL,
     "by_position?": [fields("loss:number|nan tokens:count", before=["count"])],
 }
 COHERENT = fields("passed:count n:count share:number", interval=["number"])

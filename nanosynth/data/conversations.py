@@ -51,7 +51,8 @@ class Reject(Exception):
     """
 
     def __init__(self, reason: str, name: str = "", words: str = ""):
-        super().__init__(f"{reason}: {name[:60]}" if name else reason)
+        name = " ".join(name.split())[:60]
+        super().__init__(f"{reason}: {name}" if name else reason)
         self.reason, self.words = reason, words
 
 

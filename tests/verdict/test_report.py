@@ -387,6 +387,37 @@ def test_perplexity_by_position_in_the_context():
     assert report.position_table(runs.Run(path="y")) is None
 
 
+def labelled() -> dict:
+    """Two sources and a category, of a run that was trained on answers alone."""
+    figures = perplexity_of(9.0)["all"]
+    parts = {
+        name: {"all": figures, "assistant": figures | {"perplexity": value}, "documents": n}
+        for name, value, n in (("meta|math $x$", 3.5, 1200), ("airoboros", 7.25, 80))
+    }
+    parts["none"] = {"all": figures, "documents": 1}  # without an answer
+    return {"by_source": parts, "by_category": {"one": parts["airoboros"]}}
+
+
+def test_perplexity_by_source_is_a_table_and_a_picture(tmp_path):
+    scored = perplexity_of(9.0, loss_on="assistant", **labelled())
+    path = write_run(tmp_path / "run", eval_ppl=scored)
+    tables = report.label_tables(runs.read(path))
+    assert list(tables) == ["source"]  # of one category there is nothing to compare
+    assert [row[:2] + row[-1:] for row in tables["source"].rows[1:]] == [
+        ["meta|math $x$", "3.5", "1,200"],
+        ["airoboros", "7.25", "80"],
+    ]
+    report.write([runs.read(path)], tmp_path / "report", 5)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"## Perplexity of {path} by source" in text and "](sources.png)" in text
+    assert "| meta\\|math $x$ |" in text
+    assert (tmp_path / "report" / "sources.png").read_bytes().startswith(b"\x89PNG")
+    assert "by source" in (tmp_path / "report" / "report.html").read_text()
+    report.write([runs.Run(path="y")], tmp_path / "other", 5)
+    assert "sources.png" not in (tmp_path / "other" / "report.md").read_text()
+    assert not (tmp_path / "other" / "sources.png").exists()
+
+
 def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
     records = train_records(
         **{"s200": {"loss": 9.0}, "s300": {"grad_norm": None, "skipped": 1}, "s310": {"loss": None}}
@@ -562,6 +593,8 @@ def without(content: object, path: tuple) -> object:
 
 def files_of_every_kind() -> dict[str, object]:
     scored = perplexity_of(5.0, assistant=perplexity_of(4.0)["all"], loss_on="assistant")
+    part = {"all": scored["all"], "documents": 2}
+    scored["by_source"] = {"a": part, "b": part}
     scored["by_position"] = [{"before": [3, 4], "loss": 2.0, "tokens": 9}]
     tasks = tasks_of(0.95)
     tasks["zero_shot"]["quiz"] |= {"chance": 0.25, "metrics": {"acc": 0.31}}

@@ -2,7 +2,7 @@
 # make browser: report.html in a Chromium, installed where there is none (as root, by apt-get).
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; half an hour or so on 2 cores.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
-# make bench-gpu NANOGPT=...: the same on a GPU, for config/1b.py and config/500m.py.
+# make gpu: 9 minutes on one GPU, which write benchmarks/GPU.md; nanoGPT beside it with NANOGPT=PATH.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -11,7 +11,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compil
 BENCHMARKS := $(RUN) -m benchmarks
 NANOGPT ?= ../nanoGPT
 
-.PHONY: demo test browser faults bench bench-gpu lint venv clean
+.PHONY: demo test browser faults bench gpu lint venv clean
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
@@ -38,19 +38,9 @@ bench: $(VENV)/.benchmarks
 	$(BENCHMARKS).compare_evaluation
 	$(BENCHMARKS).compare_startup --nanogpt=$(NANOGPT)
 
-bench-gpu: $(VENV)/.benchmarks
-	for size in 500m 1b; do \
-	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --json=out/bench-$$size.json \
-	    --profile=out/bench-$$size && \
-	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --dtype=bfloat16 \
-	    --json=out/bench-$$size-bfloat16.json && \
-	  $(BENCHMARKS).step config/$$size.py --micro_batch_size=auto --optimizer=muon \
-	    --json=out/bench-$$size-muon.json && \
-	  $(BENCHMARKS).compare_training --nanogpt=$(NANOGPT) --device=cuda --pairs=3 \
-	    --config=config/$$size.py --json=out/training-$$size.json || exit 1; \
-	done
-	$(BENCHMARKS).compare_sampling --nanogpt=$(NANOGPT) --device=cuda --config=config/500m.py
-	$(BENCHMARKS).compare_evaluation --device=cuda --config=config/500m.py
+# By the environment that is there: a GPU's machine may have no network to install from.
+gpu:
+	$(or $(wildcard $(RUN)),$(PYTHON)) -m benchmarks.gpu $(if $(wildcard $(NANOGPT)/train.py),--nanogpt=$(NANOGPT))
 
 lint: $(VENV)/.development
 	$(RUN) -m ruff check .

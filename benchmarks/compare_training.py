@@ -127,7 +127,8 @@ def main(config: CompareConfig) -> None:
             n_first=4,
             fresh=config.device.startswith("cuda"),  # together they would not fit
         )
-    facts = alternate.circumstances(config.device, transformers=version("transformers"))
+    versions = {"transformers": version("transformers")} if config.trainer else {}
+    facts = alternate.circumstances(config.device, **versions)
     ratios = alternate.pair_up(speeds, pairs(list(speeds)))
     alternate.report(ratios, {**facts, **sizes}, "tokens", config.json, last_lines=lines)
 

@@ -22,6 +22,7 @@ TRIALS = {
     "SIGTERM, SIGINT or SIGUSR1 to a rank or to torchrun": (1, 50),
     "SIGKILL of one rank under torchrun --max-restarts": (1, 40),
     "SIGKILL of torchrun": (1, 5),
+    "SIGKILL of one node's torchrun, of two": (0, 6),
     "two ranks, no fault: exit 0": (5, 200),
     "best checkpoint after SIGKILLs": (1, 10),
     "prepare.py: SIGKILL at a random time, run again": (3, 100),

@@ -129,10 +129,13 @@ class Run:
         assert set(found) <= set(codes), f"exit codes {found}: {self.log[-2000:]}"
         return self
 
-    def torchrun(self, fault: str, *options: str) -> subprocess.Popen:
-        """Launch the ranks by torchrun, with a fault planted."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
-        command += [f"--nproc_per_node={self.n_ranks}", f"--signals-to-handle={SIGNALS}", "--"]
+    def torchrun(self, fault: str, *options: str, port: int = 0) -> subprocess.Popen:
+        """Launch the ranks by torchrun, with a fault planted; with a port, one node of a rank."""
+        node = [f"--nnodes={self.n_ranks}", "--rdzv_backend=c10d", "--nproc_per_node=1"]
+        node += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=faults"]
+        ranks = node if port else ["--standalone", f"--nproc_per_node={self.n_ranks}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *ranks, *options]
+        command += [f"--signals-to-handle={SIGNALS}", "--"]
         command += [str(Path(plant.__file__)), fault, *tiny.flags(**self.flags)]
         with open(self.log_path, "ab") as log:
             environment = {**os.environ, **ENVIRONMENT}
@@ -177,6 +180,12 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def is_open(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
 
 
 def end_state(run_dir: Path, step: int = STEPS) -> dict:

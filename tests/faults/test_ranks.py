@@ -109,6 +109,38 @@ def test_killed_launcher(work, fault_bins, pair, tally):
     row.check()
 
 
+@contextlib.contextmanager
+def two_nodes(run: Run, fault: str = ""):
+    """Both nodes' torchrun; the first one keeps the store by which they meet."""
+    port = rig.free_port()
+    with rig.ended(run.torchrun(fault, port=port)) as first:
+        rig.wait(lambda: rig.is_open(port), 60)
+        with rig.ended(run.torchrun(fault, port=port)) as second:
+            yield first, second
+
+
+def test_killed_node(work, fault_bins, pair, tally, campaign):
+    """The other node ends within a minute, and the job started again goes on."""
+    if not campaign:
+        pytest.skip("half a minute a trial: in the campaign alone")
+    row = tally("SIGKILL of one node's torchrun, of two")
+    for number in range(row.wanted):
+        run, killed = Run(fault_bins, work / str(number), n_ranks=2), number % 2
+        with two_nodes(run, SLOW) as nodes:
+            run.wait_for(9)
+            nodes[killed].kill()
+            started = time.monotonic()
+            code = end(nodes[1 - killed], 60.0)
+        row.land(f"of the {('first', 'second')[killed]} node")
+        row.land("seconds in all until the other had ended", round(time.monotonic() - started))
+        complaints = [] if code else ["the other node ended as if nothing had been"]
+        with two_nodes(run) as nodes:
+            codes = [end(node) for node in nodes]
+        complaints += [] if codes == [0, 0] else [f"exit {codes}: {run.log[-1500:]}"]
+        row.trial(complaints + run.complaints(pair))
+    row.check()
+
+
 def end_after_raise(run: Run, fault: str, raised: Path, *, by_torchrun: bool) -> tuple[bool, float]:
     """Whether all ranks failed, and the seconds from the raise until all had ended."""
     environment = {"RAISED": str(raised)}

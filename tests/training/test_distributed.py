@@ -2,17 +2,20 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from nanosynth import UserError, checkpoint
+import train
+from nanosynth import UserError, checkpoint, settings
 from nanosynth.training import distributed
-from tiny import ALONE, REPO, RUN, flags, losses, read_metrics, torchrun, train_run
+from tiny import ALONE, REPO, RUN, command, flags, losses, read_metrics, torchrun, train_run
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):
@@ -62,8 +65,23 @@ def test_an_error_of_rank_0_is_raised_on_every_rank():
     assert ALONE.on_main(lambda: 7) == 7
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
+def one_node(*arguments: str) -> list[subprocess.CompletedProcess]:
+    return [torchrun(2, *arguments)]
+
+
+def two_nodes(*arguments: str) -> list[subprocess.CompletedProcess]:
+    """Two launchers, as on two machines that meet at an address."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    launch = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test")
+    launch += ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda _: command(*launch, *arguments), range(2)))
+
+
+@pytest.mark.parametrize(("optimizer", "launch"), [("adamw", one_node), ("muon", two_nodes)])
+def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer, launch):
     """Also with dropout and uneven masks, and when the two go on from the one's checkpoint."""
     settings = {
         "optimizer": optimizer,
@@ -75,8 +93,8 @@ def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
     settings |= {"rows_per_step": 12, "micro_batch_size": 3}
     wanted = train_run(tiny_bins, tmp_path / "one", **settings)
     flag_list = flags(**{**RUN, **settings, "data_dir": tiny_bins, "out_dir": tmp_path / "two"})
-    done = torchrun(2, "train.py", *flag_list)
-    assert done.returncode == 0, done.stderr
+    nodes = launch("train.py", *flag_list)
+    assert not any(node.returncode for node in nodes), [node.stderr for node in nodes]
     found = read_metrics(tmp_path / "two")
     for split in ("train", "val"):
         assert losses(found, split) == pytest.approx(losses(wanted, split), rel=1e-5)
@@ -87,7 +105,8 @@ def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer):
         for path in (tmp_path / "one/step_000006", tmp_path / "two/step_000006")
     ]
     assert set(models[0]) == set(models[1])
-    assert done.stdout.count("parameters, 6 steps") == 1  # rank 0 alone speaks
+    said = "".join(node.stdout for node in nodes)
+    assert said.count("parameters, 6 steps") == 1  # rank 0 alone speaks
 
 
 def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
@@ -143,6 +162,21 @@ def test_torchrun_takes_the_commands_that_we_print(name):
     for line in lines:
         found = get_args_parser().parse_args([part.replace("$SLURM_NNODES", "2") for part in line])
         assert found.training_script.endswith(".py") and found.nproc_per_node == "8"
+
+
+def test_the_job_for_slurm_is_sound():
+    path = REPO / "config/slurm.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    n_nodes, n_gpus = (
+        int(re.search(rf"--{name}=(\d+)", text)[1]) for name in ("nodes", "gpus-per-node")
+    )
+    (line,) = torchrun_lines(path)
+    own = line[line.index("train.py") + 1 :]
+    argv = [str(REPO / "config/1b.py"), *own[1:]]
+    assert own[0] == "$@" and f"--nproc_per_node={n_gpus}" in line
+    config = settings.load(train.TrainConfig, argv, "train.py", config_file=True)
+    train.check_divides(config, n_nodes * n_gpus)
 
 
 def test_a_signal_sent_twice_at_once_is_one_request():

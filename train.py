@@ -112,6 +112,9 @@ class TrainConfig(settings.Settings):
     save_interval: int = setting(5000, "steps between saves; a new best is saved too", at_least=1)
     # Two: the disk may tear one.
     keep_last: int = setting(3, "newest checkpoints kept, beside the best", at_least=2)
+    budget_hours: float = setting(
+        1.0, "device-hours that the run should take; only said where they are passed", above=0
+    )
     log_interval: int = setting(10, "steps a console line; metrics.jsonl has each", at_least=1)
 
     wandb: Literal["online", "offline", "disabled"] = setting(
@@ -201,6 +204,7 @@ from nanosynth.training.log import (
     Outputs,
     RunLog,
     WandbThread,
+    device_hours,
     make_way,
     write_config,
 )
@@ -509,6 +513,7 @@ def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> 
             f"step {step} is not saved; free some space and run the same command again: it goes on "
             "from the newest checkpoint"
         )
+    log.end(step)
     if stopping:
         log.say(f"stopped by a signal at step {step}; the same command goes on from there")
         return
@@ -747,10 +752,14 @@ def load_weights(raw_model: GPT, path: Path) -> dict:
     return meta
 
 
-def open_log(run: Run) -> RunLog:
-    """The run's log; rank 0 writes config.json and says what is about to run."""
+def open_log(run: Run, started: float) -> RunLog:
+    """The run's log; rank 0 writes config.json and says what is about to run. `started` is when, by
+    time.perf_counter().
+    """
     config, world, out_dir = run.config, run.world, run.out_dir
     name = device_name(world.device)
+    metrics = out_dir / "metrics.jsonl"
+    spent_hours = device_hours(metrics) + (time.perf_counter() - started) / 3600 * world.size
     outputs = None
     if world.is_main:
         n_parameters = run.raw_model.n_parameters()
@@ -785,14 +794,24 @@ def open_log(run: Run) -> RunLog:
                 dir=str(out_dir),
                 config=asdict(config),
             )
-        file = MetricsFile(out_dir / "metrics.jsonl", run.metrics_bytes, console.say)
+        file = MetricsFile(metrics, run.metrics_bytes, console.say)
         outputs = Outputs(file, console, wandb)
     peak = peak_flops(name, run.dtype)
-    return RunLog(outputs, device=world.device, n_devices=world.size, peak=peak)
+    return RunLog(
+        outputs,
+        device=world.device,
+        n_devices=world.size,
+        peak=peak,
+        budget_hours=config.budget_hours,
+        spent_hours=spent_hours,
+    )
 
 
 def train(
-    config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
+    config: TrainConfig,
+    world: distributed.World,
+    splits: tuple[bins.Split, bins.Split],
+    started: float,
 ) -> None:
     """Build, train, close. Its own function, so that DDP is gone before the process group: the last
     reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
@@ -801,7 +820,8 @@ def train(
     run = build(config, world, splits)
     with own_folder(run):
         run = distribute(restore(run))
-        with contextlib.closing(open_log(run)) as log:  # its last lines come before an error's
+        # An error's last lines come after the log's.
+        with contextlib.closing(open_log(run, started)) as log:
             if run.first_step < run.max_steps:
                 with Saver() as saver:
                     loop(run, log, stop, saver)
@@ -810,10 +830,11 @@ def train(
 
 
 def main(config: TrainConfig) -> None:
+    started = time.perf_counter()
     splits = open_splits(config)  # before the ranks meet: a wrong folder is said at once
     with distributed.start(config.device, config.hang_seconds) as world:
         try:
-            train(config, world, splits)
+            train(config, world, splits, started)
         except RuntimeError as error:
             if not settings.is_out_of_memory(error):
                 raise

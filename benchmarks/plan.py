@@ -50,7 +50,6 @@ class PlanConfig(train.TrainConfig):
     rate: float = setting(0.0, "tokens/s of one GPU; 0: as mfu has it", at_least=0)
     start_seconds: float = setting(60.0, "of all GPUs until the first step", at_least=0)
     tokens: int = setting(412_000_000, "of training, where data_dir is not there", at_least=1)
-    budget_hours: float = setting(1.0, "device-hours that a run may take", above=0)
 
 
 class Pass(NamedTuple):

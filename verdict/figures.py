@@ -13,7 +13,9 @@ GAP_STEPS = 128  # training steps whose mean loss stands beside a validation los
 
 
 def timing(run: Run) -> dict[str, float]:
-    """Speed and hours, added up step by step, so that pauses don't count."""
+    """Speed and hours, added up step by step, so that pauses don't count; but device-hours as the
+    run itself counted them, where it did.
+    """
     timed = [(r, run.tokens_per_step / r["tokens_per_second"]) for r in run.train]
     train = sum(seconds for _, seconds in timed)
     if not train:
@@ -27,6 +29,8 @@ def timing(run: Run) -> dict[str, float]:
         n_devices = (starts[-1] if starts else run.config).get("world_size", 1)
         named["hours"] += seconds / 3600
         named["device-hours"] += seconds / 3600 * n_devices
+    if run.device_hours is not None:
+        named["device-hours"] = run.device_hours
     return named
 
 

@@ -29,9 +29,10 @@ LIMITS = (
     "first user turn (case and spaces apart): one first turn never stands on both sides, but "
     "near-copies with another may, and nothing here tells how the model does on other text.",
     "Where an interval reaches over its threshold, another sample could turn the verdict.",
-    f"The budget of a run is {GPU_HOURS:g} GPU-hour. Hours are added up from each step's speed: "
-    "start-up, saving, and steps that a resume took back are in no record. MFU is of the device's "
-    "dense 16-bit peak, where that is known.",
+    f"The budget of a run is {GPU_HOURS:g} device-hour, everything included, as the run itself "
+    "counts it in metrics.jsonl. Hours, and device-hours of a run that did not count them, are "
+    "added up from each step's speed: start-up, saving, and steps that a resume took back are in "
+    "no record. MFU is of the device's dense 16-bit peak, where that is known.",
     "The gap compares with training loss on rows before they are learnt: in a first epoch it shows "
     "how the splits differ, not what was memorised.",
     "Losses compare only at equal data, loss_on, block_size and eval_rows, and a difference below "

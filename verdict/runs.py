@@ -12,7 +12,7 @@ from pathlib import Path
 from nanosynth import UserError, checkpoint
 from nanosynth.data import bins
 from verdict import schemas
-from verdict.schemas import SAMPLE, TRAIN_LINE, VAL_LINE, misfit
+from verdict.schemas import END_LINE, SAMPLE, TRAIN_LINE, VAL_LINE, misfit
 
 SAMPLE_FILES = ("task_generations.jsonl", "generations.jsonl")  # the first that is there counts
 
@@ -25,6 +25,7 @@ class Run:
     config: dict = field(default_factory=dict)
     train: list[dict] = field(default_factory=list)  # metrics.jsonl, by split
     val: list[dict] = field(default_factory=list)
+    device_hours: float | None = None  # that it counted itself, all included
     meta: dict = field(default_factory=dict)  # meta.json of the best checkpoint
     perplexity: dict = field(default_factory=dict)  # eval_ppl.json
     tasks: dict = field(default_factory=dict)
@@ -64,8 +65,10 @@ def read(path: str) -> Run:
     """Everything in a run's folder."""
     folder, run = Path(path), Run(path=path.rstrip("/"))
     run.config = _take(run, folder / "config.json", schemas.CONFIG)
-    for record in _read_lines(run, folder / "metrics.jsonl", TRAIN_LINE, VAL_LINE):
-        (run.train if record["split"] == "train" else run.val).append(record)
+    splits = {"train": run.train, "val": run.val, "end": []}
+    for record in _read_lines(run, folder / "metrics.jsonl", TRAIN_LINE, VAL_LINE, END_LINE):
+        splits[record["split"]].append(record)
+        run.device_hours = record.get("device_hours", run.device_hours)
     run.meta = _take(run, folder, schemas.CHECKPOINT, _best_meta, "its best checkpoint")
     run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
     run.tasks = _take(run, folder / "tasks.json", schemas.TASKS)

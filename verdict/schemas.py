@@ -18,6 +18,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "null": lambda value: value is None,
     "train": lambda value: value == "train",
     "val": lambda value: value == "val",
+    "end": lambda value: value == "end",
 }
 
 
@@ -36,9 +37,11 @@ CONFIG = {
 }
 TRAIN_LINE = fields(
     "split:train step:count loss:number|null lr:number grad_norm:number|null loss_scale:number "
-    "skipped:count tokens:count tokens_per_second:positive mfu:number|null"
+    "skipped:count tokens:count tokens_per_second:positive mfu:number|null "
+    "device_hours?:number"
 )
-VAL_LINE = fields("split:val step:count loss:number|null seconds:number")
+VAL_LINE = fields("split:val step:count loss:number|null seconds:number device_hours?:number")
+END_LINE = fields("split:end step:count device_hours:number")
 SAMPLE = fields(
     "prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean obeys?:boolean"
 )

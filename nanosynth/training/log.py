@@ -68,6 +68,17 @@ class MetricsFile:
             self._write_out()
 
 
+def device_hours(path: Path) -> float:
+    """That the last line of a metrics.jsonl tells of, also where a resumed run cuts it off: they
+    were spent. 0 without one.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, or of an old run
+            return float(json.loads(line)["device_hours"])
+    return 0.0
+
+
 class WandbThread:
     """Sends records to wandb from a thread of its own: whatever wandb does, training goes on."""
 
@@ -170,11 +181,12 @@ class Console:
             f"grad norm {record['grad_norm']:.2f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
             f"{record['memory_gb']:.1f} GB",
+            f"{record['device_hours']:.3f} device-hours",
         ]
         if record["loss_scale"] != 1:  # float16
             parts.insert(3, f"scale {record['loss_scale']:g}")
         if record["mfu"] is not None:  # of a device whose peak is known
-            parts.insert(-1, f"mfu {record['mfu']:.1%}")
+            parts.insert(-2, f"mfu {record['mfu']:.1%}")
         if self._n_skipped:
             parts.append(f"{self._n_skipped} skipped")
         text = " | ".join(parts)
@@ -206,11 +218,23 @@ class RunLog:
         device: torch.device,
         n_devices: int,
         peak: float | None,
+        budget_hours: float = math.inf,
+        spent_hours: float = 0.0,
     ):
+        """`spent_hours` of devices came before now, of the `budget_hours` of the whole run."""
         self._outputs = outputs
+        self._budget_hours, self._spent_hours = budget_hours, spent_hours
+        self._started = time.perf_counter()
+        self._is_first_flush, self._has_warned = True, False
         self._device, self._n_devices, self._peak = device, n_devices, peak
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
         self._clock = time.perf_counter()
+
+    @property
+    def device_hours(self) -> float:
+        """Of the whole run until now, whatever they went to."""
+        seconds = time.perf_counter() - self._started
+        return self._spent_hours + seconds / 3600 * self._n_devices
 
     def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
         """Queue a step: its fields, and [loss, grad_norm, loss_scale, n_skipped] on the device."""
@@ -233,6 +257,7 @@ class RunLog:
                 sum(flops for *_, flops in pending) / seconds, self._n_devices, self._peak
             ),
             "memory_gb": memory_gb(self._device),
+            "device_hours": self.device_hours,
         }
         records = []
         for (fields, *_), (loss, grad_norm, scale, n_skipped) in zip(pending, stats, strict=True):
@@ -242,19 +267,38 @@ class RunLog:
                 del record["rows"]
             records.append(record | measured)
             self._emit(records[-1])
+        seconds_left = steps_left * seconds / len(records)
         if self._outputs:
-            self._outputs.console.train(records, steps_left * seconds / len(records))
+            self._outputs.console.train(records, seconds_left)
+        self._warn_of_budget(seconds_left)
         self.restart_clock()
         return records
+
+    def _warn_of_budget(self, seconds_left: float) -> None:
+        """Once, when the first steps, which compile, are over."""
+        expected = self.device_hours + seconds_left / 3600 * self._n_devices
+        if expected > self._budget_hours and not (self._is_first_flush or self._has_warned):
+            self._has_warned = True
+            budget = f"more than budget_hours={self._budget_hours:g}"
+            self.say(f"at this speed the run takes {expected:.2f} device-hours, {budget}")
+        self._is_first_flush = False
 
     def restart_clock(self) -> None:
         """Leave out of the throughput what passed since the last flush (evaluation, a save)."""
         self._clock = time.perf_counter()
 
     def val(self, step: int, loss: float, seconds: float) -> None:
-        self._emit({"step": step, "split": "val", "loss": loss, "seconds": seconds})
+        fields = {"loss": loss, "seconds": seconds, "device_hours": self.device_hours}
+        self._emit({"step": step, "split": "val", **fields})
         if self._outputs:
             self._outputs.console.val(step, loss, seconds)
+
+    def end(self, step: int) -> None:
+        """Say what the run took until here, and note it; a resumed run goes on from that."""
+        hours, budget = self.device_hours, self._budget_hours
+        self._emit({"step": step, "split": "end", "device_hours": hours})
+        over = "over" if hours > budget else "within"
+        self.say(f"{hours:.3f} device-hours in all, {over} the budget of {budget:g}")
 
     def say(self, text: str) -> None:
         if self._outputs:

@@ -81,7 +81,8 @@ def test_other_number_of_ranks(optimizer, work, fault_bins, tally):
         run.finish()
         found = read_metrics(run.out_dir)
         steps = [[(r["step"], r["split"]) for r in records] for records in (found, wanted)]
-        errors = [abs(f["loss"] / w["loss"] - 1) for f, w in zip(found, wanted, strict=False)]
+        losses = zip(found[:-1], wanted[:-1], strict=False)  # the last tells of the end
+        errors = [abs(f["loss"] / w["loss"] - 1) for f, w in losses]
         row.land(f"from {first} to {second} ranks")
         row.trial([] if steps[0] == steps[1] and max(errors) < 1e-5 else [f"{max(errors)}"])
         sizes = json.loads((run.out_dir / "config.json").read_text())["world_size"]

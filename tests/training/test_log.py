@@ -160,3 +160,24 @@ def test_starts_of_a_broken_config_are_forgotten(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert len(starts(tmp_path / "config.json")) == 1
     assert [start["first_step"] for start in starts(tmp_path / "config.json", 5)] == [0, 5]
+
+
+def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps(tmp_path):
+    console = Console()
+    log = RunLog(
+        Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None),
+        device=CPU,
+        n_devices=8,
+        peak=None,
+        budget_hours=2.0,
+        spent_hours=1.5,
+    )
+    said = []
+    console.say = said.append
+    for step in range(4):
+        log.train({"step": step, "lr": 0.5, "rows": []}, stats(), n_tokens=10, flops=1.0)
+        time.sleep(0.01)
+        log.flush(steps_left=30_000)  # 300 s or more of 8 devices: 0.67 device-hours
+        assert len(said) == (step > 0)
+    assert "device-hours, more than budget_hours=2" in said[0]
+    log.close()

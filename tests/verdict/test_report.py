@@ -355,6 +355,8 @@ def test_time_is_added_up_over_starts_on_different_machines():
     assert found["hours"] * 3600 == pytest.approx(3.5 + 10)
     assert found["device-hours"] * 3600 == pytest.approx(8 * 1.0 + 2 * 2.5 + 2 * 10)
     assert found["tokens a second"] == pytest.approx(400 / 3.5)
+    run.device_hours = 0.5
+    assert figures.figures(run)["device-hours"] == 0.5
     assert found["MFU"] == pytest.approx((1.5 * 0.4 + 2 * 0.1) / 3.5)
 
 

@@ -102,6 +102,7 @@ class TrainConfig(settings.Settings):
     )
     compile: bool | Literal["auto"] = setting("auto", "torch.compile; auto: on CUDA")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    deterministic: bool = setting(False, "the same bits in every run on one kind of GPU; slower")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     loss_on: Literal["all", "assistant"] = setting("all", "targets that count")
 
@@ -194,6 +195,7 @@ from nanosynth.device import (
     choose_dtype,
     device_name,
     keep_freed_memory,
+    make_deterministic,
     peak_flops,
     total_memory,
 )
@@ -610,6 +612,8 @@ def build(
 ) -> Run:
     """A new run. Call on every rank."""
     train_split, val_split = splits
+    if config.deterministic:
+        make_deterministic()
     order = row_order(config, world, train_split.n_rows(config.block_size))
     max_steps = count_steps(config, order)
     dtype = choose_dtype(config.dtype, world.device)

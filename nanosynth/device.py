@@ -57,6 +57,32 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def set_up_gpu(n_ranks: int) -> None:
+    """Torch's switches for a GPU, each unless the environment says otherwise; before the GPU is
+    first used. `n_ranks` share this machine's CPUs.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Memory freed in pieces of any size serves for any other: logits, activations and an
+        # evaluation's batches leave no fragments that end a run at nine tenths of the memory.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # Torch would start up to 32 compilers for each rank, and 8 ranks compile at once.
+    n_compilers = max(1, min(32, (os.cpu_count() or 1) // n_ranks))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(n_compilers))
+    # Parts of a product that is split over the GPU are summed in float32: in float16 a sum past
+    # 65,504 overflows, and each of the parts would be rounded.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def make_deterministic() -> None:
+    """Have the same program compute the same bits on the same GPU, or fail where it can't."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    # Sums without atomic additions, and no cuDNN attention, whose gradients differ.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # none is read before it's written
+    torch._inductor.config.deterministic = True  # kernels are not chosen by timing them
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products; 'auto' takes the fastest that the device has."""
     if name != "auto":

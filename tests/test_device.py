@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -15,6 +17,27 @@ def test_auto_does_not_take_a_cpu_where_a_gpu_is_out_of_reach(tmp_path, monkeypa
     with pytest.raises(UserError, match="finds no GPU that it can use; .* or say --device=cpu"):
         device.choose_device("auto")
     assert device.choose_device("cpu") == CPU
+
+
+def set_up(monkeypatch, n_ranks: int, **environment: str) -> dict[str, str]:
+    """The environment that a GPU is set up with."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    device.set_up_gpu(n_ranks)
+    return environment
+
+
+def test_a_gpu_is_set_up_unless_the_environment_says_otherwise(monkeypatch):
+    products = torch.backends.cuda.matmul
+    products.allow_fp16_reduced_precision_reduction = True  # torch's default
+    found = set_up(monkeypatch, n_ranks=8)
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "8"  # of each rank, 64 in all
+    assert not products.allow_fp16_reduced_precision_reduction
+    assert not products.allow_bf16_reduced_precision_reduction
+    assert set_up(monkeypatch, 100)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    theirs = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    assert set_up(monkeypatch, 8, **theirs) == theirs
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "cuda:99", "mps", "meta"])

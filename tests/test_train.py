@@ -235,6 +235,25 @@ def test_a_run_goes_on_in_another_dtype(tiny_bins, tmp_path, first, second):
     assert [scales[0] > 1, scales[-1] > 1] == [first == "float16", second == "float16"]
 
 
+def test_deterministic(tiny_bins, tmp_path, monkeypatch, run_dir):
+    """Torch is told so before anything is computed; on a CPU nothing changes."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    build = train.GPT
+
+    def built(config):
+        assert torch.are_deterministic_algorithms_enabled() and torch._inductor.config.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        return build(config)
+
+    monkeypatch.setattr(train, "GPT", built)
+    try:
+        records = train_run(tiny_bins, tmp_path / "run", deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch._inductor.config.deterministic = False
+    assert losses(records) == losses(read_metrics(run_dir))
+
+
 def test_a_complete_run_is_left_alone(tiny_bins, run_dir, tmp_path, capfd):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     assert train_run(tiny_bins, out_dir)[:-1] == read_metrics(run_dir)[:-1]

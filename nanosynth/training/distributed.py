@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record as record  # for scripts
 
 from nanosynth import UserError
-from nanosynth.device import choose_device
+from nanosynth.device import choose_device, set_up_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ def start(device: str, timeout_seconds: float = 600.0) -> Iterator[World]:
     rank, size, local_rank = place_in_world(os.environ)
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
+        set_up_gpu(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.cuda.set_device(chosen)
     if size > 1:
         _die_with_parent()

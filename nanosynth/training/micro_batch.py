@@ -7,6 +7,7 @@ import torch
 from model import GPT, GPTConfig
 from nanosynth import UserError
 from nanosynth.device import autocast
+from nanosynth.settings import is_out_of_memory
 from nanosynth.training.distributed import World
 
 CPU_TOKENS = 2048  # more at once are no faster on a CPU, and soon slower
@@ -57,7 +58,9 @@ def fits(model_config: GPTConfig, n_rows: int, *, is_compiled: bool, **trial) ->
     try:
         try_step(model_config, n_rows, is_compiled=is_compiled, **trial)
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         if is_compiled:

@@ -70,12 +70,12 @@ class MuonAdamW(torch.optim.Optimizer):
         gradients = self._share([p.grad for p in params])
         update = self._direction(group["momentum"], gradients, skipped.bool(), group["n_parts"])
         update = self.world.gather(update)[: len(params)]  # (S, M, N) -> (L, M, N)
-        rate = group["lr"] * (1 - skipped)
-        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"] * (1 - skipped)
+        torch._foreach_mul_(params, 1 - decay)
         rows, columns = update.shape[1] // group["n_parts"], update.shape[2]
         # 0.2 is the root mean square of AdamW's updates (Moonlight, section 2.2).
-        update = update.float() * (-0.2 * math.sqrt(max(rows, columns)) * rate)
-        torch._foreach_add_(params, list(update))
+        scale = 0.2 * math.sqrt(max(rows, columns))
+        torch._foreach_add_(params, list(update), alpha=-scale * group["lr"])
 
     def state_dict(self) -> dict:
         """The same for any number of ranks; the momenta are rank 0's alone. Call on every rank."""
@@ -96,17 +96,16 @@ MOMENTUM = 0.95
 
 
 def direction(momentum: Tensor, gradients: list[Tensor], skipped: Tensor, n_parts: int) -> Tensor:
-    """Where S matrices go from their gradients (M, N) each, in bfloat16 (S, M, N); their momentum
-    (S, M, N) takes the gradients in, unless the step is `skipped` (). A matrix is `n_parts` on top
-    of one another.
+    """Where S matrices go, in bfloat16 (S, M, N), from their gradients (M, N) each, which their
+    momentum (S, M, N) takes in; nowhere, and it takes in nothing, where the step is `skipped` ().
+    A matrix is `n_parts` on top of one another.
     """
     # Where the step is skipped, the momentum stands in for the gradient, and stays as it is.
     grads = torch.where(skipped, momentum, torch.stack(gradients))
     momentum.lerp_(grads, 1 - MOMENTUM)
     update = grads.lerp(momentum, MOMENTUM)  # Nesterov's
-    return orthogonalise(update.view(-1, update.shape[1] // n_parts, update.shape[2])).view_as(
-        momentum
-    )
+    matrices = update.view(-1, update.shape[1] // n_parts, update.shape[2])
+    return orthogonalise(matrices).view_as(update) * ~skipped
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -534,3 +534,15 @@ def test_a_split_of_a_source_that_has_none_is_refused(tmp_path):
 def test_one_text_alone_is_to_be_parted(tmp_path):
     with pytest.raises(UserError, match="no document of 1 fell to .*--document_separator='.n.n'"):
         run(tmp_path, [{"text": "Once upon a time."}])
+
+
+def test_bins_beside_what_they_are_made_of(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
+    config = prepare.PrepareConfig(
+        source=(str(tmp_path),), data_dir=str(tmp_path), val_fraction=0.2, num_threads=1
+    )
+    for left_out in ({}, {f"{tmp_path} (bins)": 1}):
+        prepare.main(config)
+        meta = bins.read_meta(str(tmp_path))
+        assert meta["rows_kept"] == 100
+        assert left_out.items() <= meta["left_out"].items()

@@ -255,8 +255,10 @@ def _unread(table: object, wanted: list[str]) -> dict[str, int]:
 def _has_text(kind: object) -> bool:
     import pyarrow.types as types
 
-    inside = [kind.field(place).type for place in range(kind.num_fields)]
-    return types.is_string(kind) or types.is_large_string(kind) or any(map(_has_text, inside))
+    if types.is_dictionary(kind):
+        return _has_text(kind.value_type)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_text or any(_has_text(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def _arrow_rows(

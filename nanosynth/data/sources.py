@@ -32,6 +32,11 @@ HUB_CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
 }
 
+OURS = (
+    "meta.json",
+    "stats.png",
+    *(f"{s}{of}.bin" for s in ("train", "val") for of in ("", "_mask", "_sources")),
+)
 SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
 
 
@@ -172,11 +177,12 @@ def _files(
     if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
         return
     seen.add((status.st_dev, status.st_ino))
+    inside = sorted(folder.iterdir())
     if what := _what_is_ours(folder):
         left_out[f"{folder} ({what})"] += 1
-        return
-    inside = sorted(folder.iterdir())
-    if (folder / SPLITS_FILE).is_file():
+        # Beside bins may lie what they were made of.
+        inside = [path for path in inside if path.name not in OURS] if what == "bins" else []
+    elif (folder / SPLITS_FILE).is_file():
         inside = [_saved_split(folder, reading.split)]
     elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         inside = [path for path in inside if path.suffix == ".arrow"]
@@ -197,7 +203,7 @@ def _what_is_ours(folder: Path) -> str:
     def has(*names: str) -> bool:
         return all((folder / name).exists() for name in names)
 
-    if has("meta.json", "train.bin") or has(".partial"):
+    if has("meta.json", "train.bin"):
         return "bins"
     if has("config.json", "metrics.jsonl"):
         return "a run"

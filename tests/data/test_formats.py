@@ -153,6 +153,13 @@ def test_parquet_columns_that_are_not_used_are_not_read(tmp_path):
     assert source.unread == {"url": 4, "tags": 5}
 
 
+def test_parquet_of_no_known_column_has_rows_all_the_same(tmp_path):
+    words = pyarrow.array(["x", "y"]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"word": words}), tmp_path / "rows.parquet")
+    source = sources.open_sources([str(tmp_path / "rows.parquet")])
+    assert list(source.rows()) == [{}, {}] and source.unread == {"word": 2}
+
+
 def test_a_parquet_value_that_python_cannot_hold_is_a_reject(tmp_path):
     days = [datetime.datetime(2020, 1, 1), None, None]
     texts = pyarrow.array(days, pyarrow.timestamp("us")).fill_null(
@@ -201,8 +208,9 @@ def test_ten_kinds_in_one_folder(tmp_path):
     for name in ("notes.md", ".hidden.json", "table.csv"):
         (folder / name).write_text("x")
     (folder / "bins").mkdir()
-    for name in ("meta.json", "train.bin"):
+    for name in ("meta.json", "train.bin", "val_sources.bin"):
         (folder / "bins" / name).write_text("{}")
+    write_jsonl(folder / "bins" / "rows.jsonl", ROWS[:2])  # what they were made of
     (folder / "run").mkdir()
     for name in ("config.json", "metrics.jsonl"):
         (folder / "run" / name).write_text("{}")
@@ -215,10 +223,11 @@ def test_ten_kinds_in_one_folder(tmp_path):
     assert [part.name for part in source.parts] == [
         "a.JSONL",
         "b.json",
+        "bins/rows.jsonl",
         "inner/c.txt",
         "linked/d.jsonl",
     ]
-    assert list(source.rows()) == [*ROWS, *ROWS, "One.", "Two.\n", ROWS[0]]
+    assert list(source.rows()) == [*ROWS, *ROWS, *ROWS[:2], "One.", "Two.\n", ROWS[0]]
     assert source.left_out == {
         **{".md": 1, "hidden": 1, ".csv": 1},
         f"{folder / 'bins'} (bins)": 1,

@@ -51,7 +51,7 @@ class Reject(Exception):
     """
 
     def __init__(self, reason: str, name: str = "", words: str = ""):
-        name = " ".join(name.split())[:60]
+        name = " ".join(name.split())[:100]
         super().__init__(f"{reason}: {name}" if name else reason)
         self.reason, self.words = reason, words
 

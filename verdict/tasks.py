@@ -17,7 +17,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from convert.hf import export_run
+from convert.hf import HFConfig, export_run
 from nanosynth import tokenizer
 from verdict import LOCAL_TASKS, TASKS_DIR
 
@@ -28,7 +28,7 @@ def as_lm(run: str, step: str, device: torch.device, dtype: torch.dtype, batch_s
     """A run's checkpoint as lm_eval knows models, by way of a temporary folder."""
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        export_run(run, step, Path(folder))
+        export_run(HFConfig(run=run, step=step, to=folder), Path(folder))
         return HFLM(
             pretrained=folder,
             device=str(device),

@@ -28,6 +28,7 @@ TRIALS = {
     "prepare.py: SIGKILL at a random time, run again": (3, 100),
     "prepare.py: ended at an operation of its publication": (3, 100),
     "prepare.py: fuzzed files": (150, 10_000),
+    "experiment.sh: SIGKILL in three stages, run again": (0, 1),
 }
 WANDB_HANGS_SECONDS = (2, 60)
 ROWS = pytest.StashKey[list]()

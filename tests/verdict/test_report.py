@@ -79,12 +79,13 @@ def write_run(path: Path, *, config=None, records=None, torn: str = "", **files:
     return str(path)
 
 
-def compose(*folders: object) -> tuple[str, dict]:
-    """What report.md and report.json of these runs hold; report.html is rendered too."""
+def compose(*folders: object, page: bool = True) -> tuple[str, dict]:
+    """What report.md and report.json of these runs hold; `page`: report.html is rendered too."""
     loaded = [path if isinstance(path, runs.Run) else runs.read(path) for path in folders]
     events = {run.path: criteria.find_events(run.train) for run in loaded}
     facts = report.gather(loaded, events, n_samples=5)
-    assert report.render("report.html", facts | {"pictures": ["<svg></svg>"]})
+    if page:
+        assert report.render("report.html", facts | {"pictures": ["<svg></svg>"]})
     return report.render("report.md", facts), report.summary(facts, loaded, events)
 
 
@@ -629,11 +630,13 @@ def test_no_value_of_another_kind_breaks_the_report(tmp_path, name):
     write_run(edited, config=config, records=records, **scored)
     content, file = files[name], edited / name.split()[0]
     before = file.read_text() if name.startswith("metrics") else ""
-    for path in places(content):
+    for place, path in enumerate(places(content)):
         variants = [replace(content, path, value) for value in KINDS]
-        for variant in [*variants, without(content, path)] if path else variants:
+        variants += [without(content, path)] if path else []
+        for number, variant in enumerate(variants):
             file.write_text(before + json.dumps(variant))
-            json.dumps(compose(first, str(edited))[1], allow_nan=False)
+            page = (place + number) % 4 == 0  # each kind at some place, to save time
+            json.dumps(compose(first, str(edited), page=page)[1], allow_nan=False)
 
 
 def test_a_bug_of_the_report_is_not_a_file_left_out(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def model_and_run(tmp_path_factory):
                 parameter.mul_(20)
     run = tmp_path_factory.mktemp("run")
     identity = {"model": vars(model.config), "data_sha256": None}
-    meta = {"val_loss": 1.0, "identity": identity}
+    meta = {"val_loss": 1.0, "identity": identity, "settings": {"data_dir": ""}}
     checkpoint.save(run, 7, model=model.state_dict(), train_state={}, meta=meta)
     return model, str(run)
 

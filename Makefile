@@ -1,6 +1,8 @@
 # make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
 # make browser: report.html in a Chromium, installed where there is none (as root, by apt-get).
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; half an hour or so on 2 cores.
+# make clients: the demo's model in other programs, each in an environment of its own (5 GB, and a
+#   build of llama.cpp); writes benchmarks/CLIENTS.md. RUN_DIR=out/500m takes another run.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make gpu: 9 minutes on one GPU, which write benchmarks/GPU.md; nanoGPT beside it with NANOGPT=PATH.
 PYTHON ?= python3
@@ -10,8 +12,11 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 BENCHMARKS := $(RUN) -m benchmarks
 NANOGPT ?= ../nanoGPT
+CLIENTS := .venv-clients
+RUN_DIR ?= out/demo
+LLAMA_CPP = $(shell sed -n 's/^llama-cpp-python==//p' tests/clients/requirements-transformers4.txt)
 
-.PHONY: demo test browser faults bench gpu lint venv clean
+.PHONY: demo test browser faults clients bench gpu lint venv clean
 
 demo: $(VENV)/.runtime
 	rm -rf out/demo
@@ -31,6 +36,24 @@ browser: $(VENV)/.development
 
 faults: $(VENV)/.development
 	$(RUN) -m pytest tests/faults --campaign
+
+clients: $(VENV)/.development $(CLIENTS)/.converter \
+    $(patsubst tests/clients/requirements-%.txt,$(CLIENTS)/.%,$(wildcard tests/clients/*.txt))
+	$(RUN) tests/clients/compare.py --run=$(RUN_DIR) --venvs=$(CLIENTS)
+
+$(CLIENTS)/.%: tests/clients/requirements-%.txt
+	$(PYTHON) -m venv $(CLIENTS)/$*
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(CLIENTS)/$*/bin/python -m pip install --quiet --no-compile -r $<
+	# Those of the registry are for CUDA, and break what imports them beside a CPU's torch.
+	$(CLIENTS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp's converter is in the sources of llama-cpp-python alone.
+$(CLIENTS)/.converter: $(CLIENTS)/.transformers4
+	$(CLIENTS)/transformers4/bin/python -m pip download --quiet --no-deps --no-binary=:all: \
+	  --dest=$(CLIENTS) llama-cpp-python==$(LLAMA_CPP)
+	tar -xzf $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(CLIENTS)
+	touch $@
 
 bench: $(VENV)/.benchmarks
 	$(BENCHMARKS).compare_training --nanogpt=$(NANOGPT)

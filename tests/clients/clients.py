@@ -1,0 +1,191 @@
+"""What one client makes of an exported folder; runs in that client's own environment.
+
+Usage: python clients.py CLIENT FOLDER QUESTIONS.json ANSWERS.json
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def transformers(folder: str, asked: dict) -> dict:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    chat = {"add_generation_prompt": True, "tokenize": False}
+    texts = [tokenizer.apply_chat_template(turns, **chat) for turns in asked["questions"]]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")  # on the left, as the folder says
+    found = model.generate(**batch, max_new_tokens=asked["max_new_tokens"], do_sample=False)
+    stops = model.generation_config.eos_token_id
+    nats = []
+    for row in torch.tensor(asked["rows"]):
+        with torch.no_grad():
+            logits = model(row[None]).logits[0, :-1].double().log_softmax(-1)
+        nats.append(-logits.gather(1, row[1:, None]).mean().item())
+    return {
+        "version": transformers.__version__,
+        "greedy": [cut(ids, stops) for ids in found[:, batch["input_ids"].shape[1] :].tolist()],
+        "prompts": prompt_ids(tokenizer, asked),
+        "perplexity": math.exp(sum(nats) / len(nats)),
+        "stops": stops,
+    }
+
+
+def prompt_ids(tokenizer, asked: dict) -> list[list[int]]:
+    chat = {"add_generation_prompt": True, "tokenize": False}
+    texts = [tokenizer.apply_chat_template(turns, **chat) for turns in asked["conversations"]]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def cut(ids: list[int], stops: list[int]) -> list[int]:
+    """Up to the first stop, which a padded batch goes on behind."""
+    ends = [place + 1 for place, id in enumerate(ids) if id in stops]
+    return ids[: ends[0]] if ends else ids
+
+
+def ctranslate2(folder: str, asked: dict) -> dict:
+    import ctranslate2
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+
+    converted = f"{folder}-ctranslate2"
+    shutil.rmtree(converted, ignore_errors=True)
+    TransformersConverter(folder).convert(converted)
+    generator = ctranslate2.Generator(converted)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stops = json.loads(Path(folder, "generation_config.json").read_text())["eos_token_id"]
+    prompts = prompt_ids(tokenizer, {"conversations": asked["questions"]})
+    results = generator.generate_batch(
+        [tokenizer.convert_ids_to_tokens(ids) for ids in prompts],
+        max_length=asked["max_new_tokens"],
+        sampling_topk=1,
+        include_prompt_in_result=False,
+        end_token=tokenizer.convert_ids_to_tokens(stops),
+        return_end_token=True,
+    )
+    rows = [tokenizer.convert_ids_to_tokens(row) for row in asked["rows"]]
+    scores = [score for result in generator.score_batch(rows) for score in result.log_probs]
+    return {
+        "version": ctranslate2.__version__,
+        "greedy": [result.sequences_ids[0] for result in results],
+        "prompts": prompt_ids(tokenizer, asked),
+        "perplexity": math.exp(-sum(scores) / len(scores)),
+        "stops": "given by the caller",
+    }
+
+
+def llama_cpp(folder: str, asked: dict) -> dict:
+    import llama_cpp
+    import numpy as np
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    file = f"{folder}.gguf"
+    sources = Path(sys.prefix).parent / f"llama_cpp_python-{llama_cpp.__version__}"
+    converter = sources / "vendor/llama.cpp/convert_hf_to_gguf.py"
+    command = [sys.executable, converter, folder, "--outfile", file, "--outtype", "f32"]
+    subprocess.run(command, check=True, capture_output=True)
+    llama = llama_cpp.Llama(
+        file, n_ctx=0, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1
+    )
+    template = llama.metadata["tokenizer.chat_template"]
+    form = Jinja2ChatFormatter(template, eos_token="", bos_token="")
+
+    def tokens(turns: list[dict]) -> list[int]:
+        text = form(messages=turns).prompt
+        return llama.tokenize(text.encode(), add_bos=False, special=True)
+
+    vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
+    stops = [id for id in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, id)]
+
+    def answer(turns: list[dict]) -> list[int]:
+        found = []
+        for id in llama.generate(tokens(turns), temp=0.0, reset=True):
+            found.append(id)
+            if id in stops or len(found) == asked["max_new_tokens"]:
+                return found
+        return found
+
+    greedy = [answer(turns) for turns in asked["questions"]]
+    nats = []
+    for row in asked["rows"]:
+        llama.reset()
+        llama.eval(row)
+        logits = llama.scores[: len(row) - 1].astype(np.float64)
+        top = logits.max(-1)
+        totals = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+        nats.append((totals - logits[np.arange(len(row) - 1), row[1:]]).mean())
+    return {
+        "version": llama_cpp.__version__,
+        "greedy": greedy,
+        "prompts": [tokens(turns) for turns in asked["conversations"]],
+        "perplexity": math.exp(sum(nats) / len(nats)),
+        "stops": sorted(stops),
+    }
+
+
+def trl(folder: str, asked: dict) -> dict:
+    import datasets
+    import trl
+
+    messages = [{"messages": turns} for turns in asked["answered"]]
+    trainer = trl.SFTTrainer(
+        folder,
+        args=trl.SFTConfig(
+            output_dir=f"{folder}-trl",
+            assistant_only_loss=True,
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            eos_token="<|im_end|>",
+        ),
+        train_dataset=datasets.Dataset.from_list(messages),
+    )
+    rows = list(trainer.train_dataset)
+    masks = [row["assistant_masks"] for row in rows]
+    return {
+        "version": trl.__version__,
+        "answered": [row["input_ids"] for row in rows],
+        "masks": masks,
+    }
+
+
+def vllm(folder: str, asked: dict) -> dict:
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    import vllm
+
+    model = vllm.LLM(folder, dtype="float32", enforce_eager=True)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=asked["max_new_tokens"])
+    found = model.chat(asked["questions"], greedy, use_tqdm=False)
+    one = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
+    prompts = model.chat(asked["conversations"], one, use_tqdm=False)
+    rows = [{"prompt_token_ids": row} for row in asked["rows"]]
+    scored = model.generate(rows, one, use_tqdm=False)
+    nats = [
+        -place[id].logprob
+        for result in scored
+        for id, place in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+    ]
+    config = json.loads(Path(folder, "generation_config.json").read_text())
+    return {
+        "version": vllm.__version__,
+        "greedy": [list(result.outputs[0].token_ids) for result in found],
+        "prompts": [list(result.prompt_token_ids) for result in prompts],
+        "perplexity": math.exp(sum(nats) / len(nats)),
+        "stops": config["eos_token_id"],
+    }
+
+
+if __name__ == "__main__":
+    client, folder, questions, answers = sys.argv[1:]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    here = str(Path(__file__).parent)  # it must not stand before the libraries
+    sys.path = [path for path in sys.path if path != here]
+    found = globals()[client](folder, json.loads(Path(questions).read_text()))
+    Path(answers).write_text(json.dumps(found))

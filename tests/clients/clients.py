@@ -148,11 +148,10 @@ def trl(folder: str, asked: dict) -> dict:
         train_dataset=datasets.Dataset.from_list(messages),
     )
     rows = list(trainer.train_dataset)
-    masks = [row["assistant_masks"] for row in rows]
     return {
         "version": trl.__version__,
         "answered": [row["input_ids"] for row in rows],
-        "masks": masks,
+        "masks": [[int(label != -100) for label in row["labels"]] for row in rows],
     }
 
 

@@ -25,3 +25,4 @@ gradient_checkpointing = False  # True takes less memory for about a third more 
 eval_interval = 1000
 save_interval = 1000  # an evening's GPU may be taken away
 keep_last = 3
+budget_hours = 8.0  # of one T4, whose peak is a fifteenth of an H100's

@@ -37,7 +37,7 @@ def kill_at(run: Run, seconds: float) -> str:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_random_kill(optimizer, work, fault_bins, tally):
+def test_random_kill(optimizer, work, fault_bins, alone, tally):  # alone: the server is warm
     row = tally(f"SIGKILL at a random time, resumed, {optimizer}")
     chance = random.Random(1)
     whole = Run(fault_bins, work / "whole", optimizer=optimizer).finish()

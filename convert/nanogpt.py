@@ -88,8 +88,11 @@ def read_shape(source: Path, arguments: dict) -> dict:
 
 
 def main(config: NanoGPTConfig) -> None:
-    with new_folder(Path(os.path.abspath(config.to))) as folder:
-        said = bring_model(Path(config.source), folder, config.to)
+    try:
+        with new_folder(Path(os.path.abspath(config.to))) as folder:
+            said = bring_model(Path(config.source), folder, config.to)
+    except OSError as error:
+        raise UserError(f"--to={config.to} is not written: {error}") from None
     print(f"{said}\nwritten to {config.to}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval_ppl
 import train
 from nanosynth import UserError, checkpoint, files, settings
 from nanosynth.data import bins
@@ -333,6 +334,10 @@ def test_nanogpts_own_data_is_trained_on(tiny_bins, run_dir, tmp_path, capfd):
     assert losses(records, "val") == losses(read_metrics(run_dir), "val")
     assert "openwebtext is nanoGPT's (no meta.json): plain text" in capfd.readouterr().out
     assert sorted(path.name for path in data_dir.iterdir()) == ["train.bin", "val.bin"]
+    flags = {"run": str(tmp_path / "run"), "dtype": "float32", "device": "cpu"}
+    eval_ppl.main(eval_ppl.EvalConfig(**flags))  # on the data that it was trained on
+    scored = json.loads((tmp_path / "run" / "eval_ppl.json").read_text())
+    assert scored["assistant"] == scored["all"] and scored["all"]["tokens"] > 100
     os.truncate(data_dir / "train.bin", 4000)
     with pytest.raises(UserError, match="was made with data_sha256="):
         train_run(str(data_dir), tmp_path / "run", loss_on="assistant", **every)

@@ -56,7 +56,7 @@ START = {
     },
     "muon": {
         "learning_rate": 0.024,
-        "embedding_learning_rate": 0.048,
+        "embedding_learning_rate": 0.024,
         "beta1": 0.8,
         "beta2": 0.99,
         "warmup": 0.1,

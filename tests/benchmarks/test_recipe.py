@@ -79,7 +79,7 @@ def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
     ]
     assert "- adamw, beta1: 0.8: 3.000, 0.9: 3.500" in text
     assert "- muon, learning_rate: 0.024: 2.500, 0.096: inf" in text
-    assert "- muon, not searched: embedding_learning_rate 0.048, beta1 0.8, " in text
+    assert "- muon, not searched: embedding_learning_rate 0.024, beta1 0.8, " in text
     assert (tmp_path / "recipe_s_250.png").exists()
 
 

@@ -5,16 +5,17 @@ Usage:
     torchrun --standalone --nproc_per_node=8 -- eval_ppl.py --run=out/1b
 """
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
 
 MOST_SOURCES = 20  # that are told apart, the largest; the others stand together
+LARGEST_LOSS = 230.0  # in nats; a perplexity of 1e100
 N_RESAMPLES = 1000  # of the bootstrap: the ends of a 95% interval then rest on 25 of them each
 
 
@@ -43,6 +44,7 @@ class EvalConfig(settings.Settings):
     seed: int = setting(
         42, "of the bootstrap, which gives the intervals", at_least=0, at_most=settings.LARGEST_SEED
     )
+    output_dir: str = setting("", "where eval_ppl.json goes; empty: the run's folder", path=True)
 
 
 if __name__ == "__main__":
@@ -55,7 +57,7 @@ from tqdm import tqdm
 from model import GPT
 from nanosynth.data import bins
 from nanosynth.device import autocast, choose_dtype
-from nanosynth.files import write_atomically
+from nanosynth.files import json_text, writable, write_atomically
 from nanosynth.inference.load import load
 from nanosynth.table import table
 from nanosynth.training import distributed
@@ -118,8 +120,13 @@ def bootstrap(
     perplexities = []
     for _ in range(N_RESAMPLES):
         times = np.bincount(generator.integers(0, n, n), minlength=n)
-        perplexities.append(math.exp((times @ sums) / max(times @ counts, 1)))
+        perplexities.append(perplexity((times @ sums) / max(times @ counts, 1)))
     return np.percentile(perplexities, [2.5, 97.5]).tolist()
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; of a diverged model, whose figure nothing could hold, infinity."""
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf * loss  # NaN stays NaN
 
 
 def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) -> dict:
@@ -147,7 +154,7 @@ def figures(
         if not n_tokens:
             continue
         found[name] = {
-            "perplexity": math.exp(nats / n_tokens),
+            "perplexity": perplexity(nats / n_tokens),
             "perplexity_95": bootstrap(losses, document, weights, seed),
             "loss": nats / n_tokens,
             # Special ids stand for no byte of text: their nats count, so a text's end is paid for.
@@ -253,6 +260,9 @@ def main(config: EvalConfig) -> None:
         if not data_dir:
             wanted = "name some with --data_dir=FOLDER"
             raise UserError(f"{path} was not trained on bins of ours; {wanted}")
+        folder = world.on_main(
+            lambda: writable(Path(config.output_dir or path.parent), "use another --output_dir")
+        )
         split = bins.Split(data_dir, "val")
         ids, mask = split.ids(0, split.n_tokens), split.mask(0, split.n_tokens)
         losses = score(model, ids, world, stride=stride, batch_size=config.batch_size, dtype=dtype)
@@ -271,9 +281,10 @@ def main(config: EvalConfig) -> None:
         }
         weights = mask[1:] if result["loss_on"] == "assistant" else np.ones(len(losses))
         result["by_position"] = by_position(losses, weights, block_size=block_size, stride=stride)
-        target = path.parent / "eval_ppl.json"
-        write_atomically(target, json.dumps(result, indent=2))
-        terminal.say(f"{report(result)}\nall figures: {target}")
+        terminal.say(report(result))  # first: a disk may fill up meanwhile
+        target = folder / "eval_ppl.json"
+        write_atomically(target, json_text(result))
+        terminal.say(f"all figures: {target}")
 
 
 if __name__ == "__main__":

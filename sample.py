@@ -87,7 +87,7 @@ if __name__ == "__main__":
 from model import GPT
 from nanosynth.data import bins, utf8
 from nanosynth.device import choose_device, choose_dtype
-from nanosynth.files import write_atomically
+from nanosynth.files import writable, write_atomically
 from nanosynth.inference import generation
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
@@ -260,11 +260,7 @@ def main(config: SampleConfig) -> None:
         for sample in range(config.num_samples):
             stream_text(model, prompt, sample, sampling)
     else:
-        folder = Path(config.output_dir or path.parent)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # before hours of work
-        except OSError as error:
-            config.refuse("output_dir", f"wanted a folder that can be made: {error}")
+        folder = writable(Path(config.output_dir or path.parent), "use another --output_dir")
         records = answer_all(model, prompts, config, sampling)
         texts = write_generations(records, folder)
         report(records, config, texts)

@@ -293,7 +293,7 @@ def find_start(
         path = newest_good(run_dir, say)
     else:
         path = None if resume == "never" else find(resume, names=(MODEL, TRAIN_STATE))
-        if path and path.parent.resolve() == run_dir.resolve():
+        if path and os.path.realpath(path.parent) == os.path.realpath(run_dir):
             path = run_dir / path.name  # however it was written
     if path is None or path.parent != run_dir:
         check_new(run_dir, resume)

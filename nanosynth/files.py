@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -77,6 +78,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def json_text(value: object) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2)
+
+
+def writable(folder: Path, mend: str) -> Path:
+    """`folder`, made where it is not there; where no file can be written in it a UserError says so
+    before hours of work, and `mend`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = temporary(folder / "trial")
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error}; {mend}") from None
+    return folder
 
 
 def set_aside(path: Path, why: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import eval_ppl
-from nanosynth import UserError, tokenizer
+from nanosynth import UserError, files, tokenizer
 from nanosynth.data import bins
 from tiny import ALONE, tiny_model
 
@@ -189,3 +189,17 @@ def test_loss_by_position_agrees_with_the_windows(stride):
     assert [part["tokens"] for part in found] == [len(wanted[n]) for n in sorted(wanted)]
     half = eval_ppl.by_position(losses, np.arange(10) % 2, block_size=4, stride=stride)
     assert sum(part["tokens"] for part in half) == 5
+
+
+def test_a_diverged_model_has_a_loss_and_no_perplexity(tmp_path):
+    ids = np.array([1, 2, tokenizer.END_OF_TEXT, 3, 4, tokenizer.END_OF_TEXT])
+    for loss in (1000.0, math.nan):
+        losses = np.full(5, loss, dtype=np.float32)
+        found = eval_ppl.summarise(losses, ids, np.ones(6, dtype=np.uint8), seed=0)
+        written = json.loads(files.json_text(found), parse_constant=pytest.fail)
+        assert (
+            written["all"]["perplexity"] is None and written["all"]["perplexity_95"] == [None] * 2
+        )
+        assert written["all"]["loss"] == (None if math.isnan(loss) else loss)
+        whole = {"loss_on": "all", "data": "d", "checkpoint": "c", "block_size": 4, "stride": 4}
+        assert "all tokens" in eval_ppl.report(found | whole | {"dtype": "float32"})

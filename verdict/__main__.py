@@ -7,11 +7,12 @@ Usage:
     python -m verdict --run=out/500m --only=tasks --generation=False --tasks=lambada_openai
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosynth import UserError, settings
+from nanosynth import UserError, settings, terminal
 from nanosynth.settings import setting
 
 
@@ -72,7 +73,7 @@ class VerdictConfig(settings.Settings):
     )
 
     def check(self) -> None:
-        if len({Path(path).resolve() for path in self.run}) < len(self.run):
+        if len({os.path.realpath(path) for path in self.run}) < len(self.run):
             raise UserError(f"--run names a folder twice: {', '.join(self.run)}")
         if self.control and Path(self.control).resolve() in map(Path.resolve, map(Path, self.run)):
             self.refuse("control", "wanted another run than those of --run")
@@ -97,7 +98,7 @@ import eval_ppl
 from nanosynth import checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.device import choose_device, choose_dtype, device_name
-from nanosynth.files import write_atomically
+from nanosynth.files import json_text, writable, write_atomically
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
 from verdict import LOCAL_TASKS, TASKS_DIR, answers, control, instructions, quality, report, runs
@@ -118,7 +119,9 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
             raise
         return [f"{run.path}: nothing is measured: {error}"]
     notices, parts = [], list(wanted_parts(run, meta, config))
-    if not parts:
+    if parts:
+        writable(Path(run.path), "copy the run, or use --only=report with an --output_dir")
+    else:
         print(f"{run.path}, step {meta['step']}: is measured; --only=PART measures a part anew")
     for name, part in parts:
         print(f"{run.path}, step {meta['step']}: measuring {name}", flush=True)
@@ -299,12 +302,13 @@ def write_tasks(
     tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())
     others = json.loads((TASKS_DIR / "published.json").read_text())
     tasks["published"] = {task: others[task] for task in tasks["zero_shot"] if task in others}
-    write_atomically(Path(run.path) / "tasks.json", json.dumps(tasks, indent=2))
+    write_atomically(Path(run.path) / "tasks.json", json_text(tasks))
 
 
 def main(config: VerdictConfig) -> None:
     loaded = [runs.read(path) for path in config.run]  # no run there: said before hours of work
     notices: list[str] = []
+    folder = writable(Path(config.output_dir or config.run[0]), "use another --output_dir")
     if config.step != "best":
         for path in config.run:
             checkpoint.find(path, config.step)
@@ -322,10 +326,9 @@ def main(config: VerdictConfig) -> None:
         loaded = [runs.read(path) for path in config.run]
         after = [note for run in loaded for note in run.notes]
         notices += [f"{note}; measured anew" for note in before if note not in after]
-    folder = Path(config.output_dir or config.run[0])
-    print(f"\n{report.write(loaded, folder, config.samples)}")
+    print(f"\n{terminal.harmless(report.write(loaded, folder, config.samples))}")
     for notice in notices:
-        print(notice, file=sys.stderr)
+        print(terminal.one_line(notice), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ def perplexity(run: Run) -> Judgement:
         return judged(remark=remark, command=measure)
     scored = trained_tokens(run)
     remark = f"over {scored['tokens']:,} tokens, {scored['bits_per_byte']:.4f} bits a byte"
+    if math.isnan(scored["perplexity"]):
+        remark = f"no finite figure {remark}: it diverged, to a loss of {scored.get('loss')} nats"
+        return judged(verdict=FAIL, remark=remark)
     if run.perplexity["loss_on"] == "assistant":
         every = run.perplexity["all"]
         remark = f"trained on the assistant's tokens alone: {remark}; over all {every['tokens']:,} "

@@ -6,6 +6,7 @@ The facts are gathered once; templates/ arranges them for a browser and as Markd
 
 import functools
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,10 +14,12 @@ from textwrap import indent
 from typing import NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 from nanosynth import UserError
 from nanosynth.files import write_atomically
 from nanosynth.table import table
+from nanosynth.terminal import harmless, one_line
 from verdict import control, criteria, curves, quality
 from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
 from verdict.figures import answers, by_label, by_position, figures, leaves, loss_at
@@ -82,7 +85,8 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
             missing.append(f"{name} {SECOND_SEED if is_one_seed(of[0]) else 'is not measured'}")
             continue
         values = [judged.figure for judged in of if judged.figure is not None]
-        ends = [IN_SHORT.get(name, "").format(end) for end in (min(values), max(values))]
+        ends = (min(values), max(values)) if values else ()  # of a run that diverged there is none
+        ends = [IN_SHORT.get(name, "").format(end) for end in ends]
         known.append(" ".join(filter(None, [name, " to ".join(dict.fromkeys(ends)), verdict])))
     if any(run.finished is False for run in recipe):
         missing.append("training is not finished")
@@ -330,13 +334,30 @@ def templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     found.filters |= {"shown": shown, "interval": interval_text, "finding": finding, "said": said}
-    found.filters["markdown"] = lambda rows: table(rows.rows, left=rows.left, markdown=True)
-    found.filters["indented"] = lambda text: indent(text, "    ", lambda line: True)
+    found.filters["markdown"] = markdown_table
+    found.filters["code"] = lambda text: Markup(f"`{one_line(text).replace('`', chr(39))}`")
+    found.filters["indented"] = lambda text: Markup(
+        indent(harmless(text), "    ", lambda line: True)
+    )
     return found
 
 
+def in_markdown(value: object) -> object:
+    """What a template shows of a text that may be anybody's: one line, and no HTML."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return re.sub(r"<(?=[\w/!?])", "&lt;", one_line(value).replace("`", "'"))
+
+
+def markdown_table(found: Table) -> Markup:
+    rows = [[in_markdown(cell).replace("|", r"\|") for cell in row] for row in found.rows]
+    return Markup(table(rows, left=found.left, markdown=True))
+
+
 def render(name: str, facts: dict) -> str:
-    return templates().get_template(name).render(facts)
+    is_markdown = name.endswith(".md")
+    found = templates().overlay(finalize=in_markdown) if is_markdown else templates()
+    return found.get_template(name).render(facts)
 
 
 def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:

@@ -5,6 +5,7 @@ does not fit is left out and noted here, so that whoever has a `Run` finds the r
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from nanosynth.data import bins
 from verdict import schemas
 from verdict.schemas import END_LINE, SAMPLE, TRAIN_LINE, VAL_LINE, misfit
 
+BY = ("by_source", "by_category", "by_position")  # the parts of eval_ppl.json
 SAMPLE_FILES = ("task_generations.jsonl", "generations.jsonl")  # the first that is there counts
 
 
@@ -71,6 +73,8 @@ def read(path: str) -> Run:
         run.device_hours = record.get("device_hours", run.device_hours)
     run.meta = _take(run, folder, schemas.CHECKPOINT, _best_meta, "its best checkpoint")
     run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
+    for name in {"all", "assistant", *BY} & run.perplexity.keys():
+        run.perplexity[name] = _nan_for_null(run.perplexity[name])
     run.tasks = _take(run, folder / "tasks.json", schemas.TASKS)
     run.items = _take(run, folder / "task_items.json", schemas.ITEMS)
     run.control = _take(run, folder / "control.json", schemas.CONTROL)
@@ -84,6 +88,15 @@ def read(path: str) -> Run:
         raise UserError(f"{path!r} holds nothing of a run; wanted what train.py writes to out_dir")
     run.notes += _disagreements(run)
     return run
+
+
+def _nan_for_null(value: object) -> object:
+    """A figure that is no number is one that compares with none."""
+    if isinstance(value, dict):
+        return {key: _nan_for_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return list(map(_nan_for_null, value))
+    return math.nan if value is None else value
 
 
 def _read_json(path: Path) -> object:

@@ -46,15 +46,18 @@ SAMPLE = fields(
     "prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean obeys?:boolean"
 )
 CHECKPOINT = fields("step:count", identity=fields("data_sha256?:text|null") | {"model?": {}})
-SCORED = fields("perplexity:positive|nan bits_per_byte:number|nan tokens:count")
-SCORED["perplexity_95"] = ["number|nan"]
+# null, or NaN in an older file: of a model that diverged.
+SCORED = fields(
+    "perplexity:positive|nan|null bits_per_byte:number|nan|null tokens:count loss?:number|nan|null"
+)
+SCORED["perplexity_95"] = ["number|nan|null"]
 BY_LABEL = {"*": {"all?": SCORED, "assistant?": SCORED, "documents": "count"}}
 PERPLEXITY = {
     **fields("checkpoint:text data:text data_sha256:text loss_on:text|null"),
     **{"all": SCORED, "assistant?": SCORED},
     "by_source?": BY_LABEL,
     "by_category?": BY_LABEL,
-    "by_position?": [fields("loss:number|nan tokens:count", before=["count"])],
+    "by_position?": [fields("loss:number|nan|null tokens:count", before=["count"])],
 }
 COHERENT = fields("passed:count n:count share:number", interval=["number"])
 ANSWERS = {

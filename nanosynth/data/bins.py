@@ -191,7 +191,7 @@ def read_meta(data_dir: str) -> dict:
         raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
     except OSError as error:
         raise UserError(f"no prepared data in {data_dir!r}: {error}; run: {mend}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
     if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
         has = f"format {version}, vocabulary {vocab_size}"

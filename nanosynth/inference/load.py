@@ -51,7 +51,14 @@ def checked(path: Path, meta: dict) -> tuple[GPTConfig, dict[str, torch.Tensor]]
             raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
         with torch.device("meta"):  # sizes without memory
             GPT(config).load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         reason = one_line(str(error))[:200]
         raise checkpoint.Damaged(
             f"{path} does not hold the model of its meta.json: {reason}"

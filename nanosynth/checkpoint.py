@@ -172,8 +172,11 @@ def read_meta(path: Path) -> dict:
         raise Damaged(f"{path / META} is not as it was written")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; wanted {FORMAT_VERSION}")
-    if "model" in meta["identity"]:
-        meta["identity"]["model"] = OLD_MODEL | meta["identity"]["model"]
+    identity = meta["identity"]
+    if not isinstance(identity, dict) or not isinstance(identity.get("model", {}), dict):
+        raise Damaged(f"{path / META} does not describe a model")
+    if "model" in identity:
+        identity["model"] = OLD_MODEL | identity["model"]
     return meta
 
 

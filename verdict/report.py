@@ -350,7 +350,7 @@ def in_markdown(value: object) -> object:
 
 
 def markdown_table(found: Table) -> Markup:
-    rows = [[in_markdown(cell).replace("|", r"\|") for cell in row] for row in found.rows]
+    rows = [list(map(in_markdown, row)) for row in found.rows]
     return Markup(table(rows, left=found.left, markdown=True))
 
 

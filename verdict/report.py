@@ -47,9 +47,9 @@ RULE_OF_CHOICE = (
     "where it has several. What fails several parts stands at the first of them."
 )
 ABOUT_CONTROL = (
-    "A difference is the run's less the control's, its interval resamples the documents, questions "
-    "or prompts that both had. One in twenty would look larger than its interval by chance alone, "
-    "and another seed may move each."
+    "A difference is the run's less the control's; fewer bits are better. Its interval resamples "
+    "the documents, questions or prompts that both had. One in twenty would look larger than its "
+    "interval by chance alone, and another seed may move each."
 )
 MOST_ANSWERS = 5000  # of a run in report.html; a browser searches so many at once
 

@@ -132,9 +132,9 @@ class Console:
     def say(self, text: str) -> None:
         self._calls.put(partial(self._say, text))
 
-    def train(self, records: list[dict], eta_seconds: float) -> None:
+    def train(self, records: list[dict], eta_seconds: float, budget_hours: float) -> None:
         """Show the last of these records, and how many steps were skipped until now."""
-        self._calls.put(partial(self._train, records, eta_seconds))
+        self._calls.put(partial(self._train, records, eta_seconds, budget_hours))
 
     def val(self, step: int, loss: float, seconds: float) -> None:
         self._calls.put(partial(self._val, step, loss, seconds))
@@ -172,7 +172,7 @@ class Console:
         self._evaluated = f" (validation {loss:.4f})"
         self._say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
 
-    def _train(self, records: list[dict], eta_seconds: float) -> None:
+    def _train(self, records: list[dict], eta_seconds: float, budget_hours: float) -> None:
         record = records[-1]
         self._n_skipped += sum(one["skipped"] > 0 for one in records)
         parts = [
@@ -181,7 +181,7 @@ class Console:
             f"grad norm {record['grad_norm']:.2f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
             f"{record['memory_gb']:.1f} GB",
-            f"{record['device_hours']:.3f} device-hours",
+            f"{record['device_hours']:.3f} of {budget_hours:g} device-hours",
         ]
         if record["loss_scale"] != 1:  # float16
             parts.insert(3, f"scale {record['loss_scale']:g}")
@@ -269,7 +269,7 @@ class RunLog:
             self._emit(records[-1])
         seconds_left = steps_left * seconds / len(records)
         if self._outputs:
-            self._outputs.console.train(records, seconds_left)
+            self._outputs.console.train(records, seconds_left, self._budget_hours)
         self._warn_of_budget(seconds_left)
         self.restart_clock()
         return records

@@ -73,7 +73,8 @@ def test_the_console_tells_how_the_run_is(tmp_path, capfd):
     """The last evaluation beside the loss, and how many steps were skipped, also between lines."""
     console = Console()
     console.start(0, 10)
-    log = run_log(Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None))
+    outputs = Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None)
+    log = RunLog(outputs, device=CPU, n_devices=4, peak=None, budget_hours=1.0)
     for step, n_skipped in enumerate((0.0, 1.0, 2.0, 0.0)):
         fields = {"step": step, "lr": 0.5, "rows": []}
         log.train(fields, stats(n_skipped=n_skipped), n_tokens=10, flops=1.0)
@@ -84,6 +85,7 @@ def test_the_console_tells_how_the_run_is(tmp_path, capfd):
     log.close()
     first, evaluation, second = capfd.readouterr().out.splitlines()
     assert "| loss 2.0000 | " in first and "| 2 skipped |" in first and "tokens/s" in first
+    assert "| 0.000 of 1 device-hours |" in first
     assert evaluation == "step      4: validation loss 1.5000 (0.1s)"
     assert "| loss 2.0000 (validation 1.5000) | " in second and "| 2 skipped |" in second
 

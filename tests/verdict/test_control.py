@@ -111,6 +111,7 @@ def test_the_whole_program_beside_a_control(pair, capsys, monkeypatch):
     assert of[2:] == ["questions", *["prompts, greedy"] * 2, *["prompts, sampled"] * 2]
     Path(other, "bins", "meta.json").unlink()
     verdict.main(config_of(own, control=other, tasks="questions"))
-    assert f"{own}: not compared with {other}: no prepared data" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{own}: not compared with {other}: " in said and f"--data_dir={other}/bins" in said
     with pytest.raises(UserError, match="--control=.*wanted another run"):
         config_of(own, control=own)

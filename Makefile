@@ -23,7 +23,6 @@ demo: $(VENV)/.runtime
 	$(RUN) data/make_sample.py --to=data/sample.jsonl
 	$(RUN) prepare.py --source=data/sample.jsonl --data_dir=data/demo
 	$(RUN) train.py config/demo.py
-	$(RUN) eval_ppl.py --run=out/demo
 	$(RUN) -m verdict --run=out/demo --max_new_tokens=16 --tasks=
 	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
 

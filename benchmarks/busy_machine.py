@@ -40,7 +40,7 @@ class BusyConfig(settings.Settings):
 
 def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Each command with the line that ends it, on data and a run of random tokens in `folder`."""
-    data = random_bins(str(folder / "data"), block_size=80, n_val_rows=200)
+    data = random_bins(str(folder / "data"), block_size=92, n_val_rows=200)
     where = [f"--data_dir={data}", f"--out_dir={folder}/out"]
     source = folder / "sample.jsonl"
     prepare_first = ["data/make_sample.py", f"--to={source}", "--num_rows=20000"]
@@ -56,13 +56,13 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
             [sys.executable, *command], cwd=alternate.ROOT, check=True, stdout=subprocess.DEVNULL
         )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ranks = [*torchrun, *RUN, *where, "--micro_batch_size=9"]
+    ranks = [*torchrun, *RUN, *where, "--micro_batch_size=15"]
     sampling = ["sample.py", f"--run={folder}/run", f"--prompts={data}/val.bin"]
     preparing = ["prepare.py", f"--source={source}", f"--data_dir={folder}/prepared"]
     return {
         f"{N_STEPS} steps by 2 ranks": (ranks, rf"^step +{N_STEPS}/"),
         "evaluation": (["eval_ppl.py", f"--run={folder}/run"], "^all figures"),
-        "sampling": ([*sampling, "--max_new_tokens=30"], "^talk to it"),
+        "sampling": ([*sampling, "--max_new_tokens=30", "--temperature=0"], "^talk to it"),
         "prepare": (preparing, "^written"),
     }
 

@@ -4,7 +4,7 @@ Usage:
     python data/make_sample.py --to=data/sample.jsonl
     python prepare.py --source=data/sample.jsonl --data_dir=data/demo
 
-It has OpenHermes-2.5's schema, many kinds of task, and answers that follow exactly from the
+It has OpenHermes-2.5's schema, nine kinds of task, and answers that follow exactly from the
 prompt, so that a model can be scored by comparing strings. Most prompts hold words, names or
 numbers drawn for them alone: a held-out prompt can't be answered from memory. Each kind's
 docstring shows one conversation, as question -> answer; next question -> answer.
@@ -20,13 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanosynth import UserError, settings  # noqa: E402
+from nanosynth import UserError, settings, tokenizer  # noqa: E402
 from nanosynth.files import write_atomically  # noqa: E402
 from nanosynth.settings import setting  # noqa: E402
 
 SOURCE = "nanosynth-synthetic"
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}  # OpenHermes's names
 
-# Small pools, mostly of words that are one GPT-2 token each: the demo's few minutes of training
+# Small pools, mostly of words that are one GPT-2 token each: the demo's two minutes of training
 # go into the tasks and not into the vocabulary.
 GROUPS = {
     "an animal": "bird cat dog fish fox".split(),
@@ -87,66 +88,34 @@ def listed(items: Sequence) -> str:
 
 def addition(draw: Draw) -> list[Turn]:
     """What is 7 plus 5? -> 12; And one more? -> 13"""
-    name, a, b = draw.one(NAMES), draw.between(1, 10), draw.between(1, 10)
+    a, b = draw.between(1, 10), draw.between(1, 10)
+    name, word = draw.one(NAMES), draw.one("boat coin hat pen shirt".split())
     question = draw.say(
-        "What is {a} plus {b}? | {name} wants to add {a} and {b}. What is the sum? | "
-        "{name} has {a} coins and finds {b} more. How many coins is that? | "
-        "{name} read {a} pages before lunch and {b} after it. How many is that?",
-        **{"name": name, "a": a, "b": b},
+        "What is {a} plus {b}? | {name} asks: what is {a} plus {b}? | "
+        "{name} has {a} {word}s and finds {b} more. How many is that?",
+        **{"name": name, "word": word, "a": a, "b": b},
     )
-    return [(question, f"{a + b}"), ("And one more?", f"{a + b + 1}")]
-
-
-def subtraction(draw: Draw) -> list[Turn]:
-    """What is 12 minus 5? -> 7; And one less? -> 6"""
-    name, b, rest = draw.one(NAMES), draw.between(1, 10), draw.between(1, 10)
-    question = draw.say(
-        "What is {a} minus {b}? | {name} takes {b} away from {a}. What is left? | "
-        "{name} has {a} coins and loses {b}. How many coins are left? | "
-        "{name} had {a} eggs and ate {b} of them. How many are left?",
-        **{"name": name, "a": rest + b, "b": b},
-    )
-    return [(question, f"{rest}"), ("And one less?", f"{rest - 1}")]
-
-
-def sequence(draw: Draw) -> list[Turn]:
-    """Count from 14 to 17 -> 14 15 16 17; What comes next? -> 18"""
-    first, length = draw.between(1, 26), draw.between(3, 5)
-    numbers = list(range(first, first + length))
-    question = draw.say(
-        "Count from {a} to {b} | List the numbers from {a} to {b} | "
-        "{name} counts from {a} up to {b}. What does {name} say? | "
-        "{name} starts at {a} and stops at {b}. Which numbers are these?",
-        **{"name": draw.one(NAMES), "a": first, "b": numbers[-1]},
-    )
-    return [(question, listed(numbers)), ("What comes next?", f"{numbers[-1] + 1}")]
+    then = (("And one more?", f"{a + b + 1}"), ("And one less?", f"{a + b - 1}"))
+    return [(question, f"{a + b}"), draw.one(then)]
 
 
 def comparison(draw: Draw) -> list[Turn]:
     """Which is larger, 25 or 12? -> 25; And which is smaller? -> 12"""
     a, b = draw.some(range(1, 31), 2)
-    larger = draw.say(
-        "Which is larger, {a} or {b}? | Which number is greater: {a} or {b}? | "
-        "Name the larger of {a} and {b} | Of {a} and {b}, which is the bigger number?",
-        **{"a": a, "b": b},
+    ends = [("larger", f"{max(a, b)}"), ("smaller", f"{min(a, b)}")]
+    (asked, answer), (other, other_answer) = draw.some(ends, 2)
+    question = draw.say(
+        "Which is {asked}, {a} or {b}? | {name} has {a} and {b}. Which is the {asked} number?",
+        **{"name": draw.one(NAMES), "asked": asked, "a": a, "b": b},
     )
-    smaller = draw.say(
-        "Which is smaller, {a} or {b}? | Which number is less: {a} or {b}? | "
-        "Name the smaller of {a} and {b} | Of {a} and {b}, which is the lower number?",
-        **{"a": a, "b": b},
-    )
-    low, high = f"{min(a, b)}", f"{max(a, b)}"
-    if draw.below(2):
-        return [(larger, high), ("And which is smaller?", low)]
-    return [(smaller, low), ("And which is larger?", high)]
+    return [(question, answer), (f"And which is {other}?", other_answer)]
 
 
 def sorting(draw: Draw) -> list[Turn]:
     """Sort these numbers: 21 5 12 -> 5 12 21; Which is the largest? -> 21"""
     numbers = draw.some(range(1, 31), 3)
     question = draw.say(
-        "Sort these numbers: {numbers} | Put these numbers in order: {numbers} | "
-        "Arrange from low to high: {numbers} | Write in rising order: {numbers}",
+        "Sort these numbers: {numbers} | Put these numbers in order: {numbers}",
         numbers=listed(numbers),
     )
     numbers.sort()
@@ -158,59 +127,13 @@ def sorting(draw: Draw) -> list[Turn]:
 
 def reversal(draw: Draw) -> list[Turn]:
     """Reverse this list: fox lake hat -> hat lake fox; Which word is first now? -> hat"""
-    words = draw.some(WORDS, draw.between(2, 3))
+    words = draw.some(WORDS, draw.between(2, 4))
     question = draw.say(
-        "Reverse this list: {words} | Write this list backwards: {words} | "
-        "Turn the order around: {words} | Say these words from last to first: {words}",
-        words=listed(words),
+        "Reverse this list: {words} | Say these words backwards: {words}", words=listed(words)
     )
     words.reverse()
-    then = draw.one(
-        (("Which word is first now?", words[0]), ("Which word is last now?", words[-1]))
-    )
-    return [(question, listed(words)), then]
-
-
-def position(draw: Draw) -> list[Turn]:
-    """Which word comes last: fox lake hat -> hat; And which is first? -> fox"""
-    words = draw.some(WORDS, draw.between(3, 4))
-    ends = [("first", words[0]), ("last", words[-1])]
-    (asked, answer), (other, other_answer) = draw.some(ends, 2)
-    question = draw.say(
-        "Which word comes {place}: {words} | Give me the {place} of these words: {words} | "
-        "What is the {place} word in this list: {words} | Name the {place} item: {words}",
-        **{"place": asked, "words": listed(words)},
-    )
-    return [(question, answer), (f"And which is {other}?", other_answer)]
-
-
-def amount(draw: Draw) -> list[Turn]:
-    """How many words are in this list: fox lake hat -> 3; And with one more? -> 4"""
-    words = draw.some(WORDS, draw.between(2, 6))
-    question = draw.say(
-        "How many words are in this list: {words} | Count these words: {words} | "
-        "How long is this list: {words} | Tell me the number of words here: {words}",
-        words=listed(words),
-    )
-    return [(question, f"{len(words)}"), ("And with one more?", f"{len(words) + 1}")]
-
-
-def lookup(draw: Draw) -> list[Turn]:
-    """Anna is 31, Tom is 27. How old is Tom? -> Tom is 27; And Anna? -> Anna is 31"""
-    fact, question, values = draw.one(
-        (
-            ("{} is {}", "How old is {}? | What is the age of {}?", range(1, 31)),
-            ("{} lives in {}", "Where does {} live? | Where is the home of {}?", CITIES),
-            ("{} likes {}", "What does {} like? | What is the favourite colour of {}?", COLOURS),
-        )
-    )
-    names = draw.some(NAMES, draw.between(2, 3))
-    pairs = zip(names, draw.some(values, len(names)), strict=True)
-    facts = [fact.format(*pair) for pair in pairs]
-    asked, other = draw.some(range(len(names)), 2)
-    question = draw.one(question.split(" | ")).format(names[asked])
-    then = draw.one(("And {}?", "What about {}?")).format(names[other])
-    return [(f"{', '.join(facts)}. {question}", facts[asked]), (then, facts[other])]
+    then = (("Which word is first now?", words[0]), ("Which word is last now?", words[-1]))
+    return [(question, listed(words)), draw.one(then)]
 
 
 def copying(draw: Draw) -> list[Turn]:
@@ -219,59 +142,19 @@ def copying(draw: Draw) -> list[Turn]:
     verb = draw.one(("saw", "likes", "wants", "found", "lost"))
     sentence = f"{name} {verb} the {colour} {word}"
     question = draw.say(
-        "Repeat after me: {sentence} | Say this again: {sentence} | "
-        "Copy this sentence: {sentence} | Write this once more: {sentence}",
-        sentence=sentence,
+        "Repeat after me: {sentence} | Say this again: {sentence}", sentence=sentence
     )
     then = (("Who was it?", name), ("Which colour was it?", colour), ("What was it?", word))
     return [(question, sentence), draw.one(then)]
 
 
-def repetition(draw: Draw) -> list[Turn]:
-    """Repeat these words: fox lake hat -> fox lake hat; How many are they? -> 3"""
-    words = draw.some(WORDS, draw.between(2, 4))
-    question = draw.say(
-        "Repeat these words: {words} | Say these words again: {words} | "
-        "Copy this list: {words} | Write this list once more: {words}",
-        words=listed(words),
-    )
-    return [(question, listed(words)), ("How many are they?", f"{len(words)}")]
-
-
-def spelling(draw: Draw) -> list[Turn]:
-    """How do you spell lake? -> l a k e; What is its first letter? -> l"""
-    word = draw.one(WORDS)
-    question = draw.say(
-        "{name} asks: how do you spell {word}? | Spell the word {word} for {name} | "
-        "{name} can't spell {word}. Can you? | {name} wants to write {word}. Give the letters",
-        **{"name": draw.one(NAMES), "word": word},
-    )
-    then = (("What is its first letter?", word[0]), ("What is its last letter?", word[-1]))
-    return [(question, listed(word)), draw.one(then)]
-
-
-def membership(draw: Draw) -> list[Turn]:
-    """Is lake in this list: fox lake hat -> Yes; And cat? -> No"""
-    *words, absent, missing = draw.some(WORDS, draw.between(4, 5))
-    asked = draw.one((absent, draw.one(words)))
-    other = draw.one((missing, draw.one(words)))
-    question = draw.say(
-        "Is {word} in this list: {words} | Do you see {word} here: {words} | "
-        "Is {word} one of these words: {words} | Does this list have {word}: {words}",
-        **{"word": asked, "words": listed(words)},
-    )
-    answers = {True: "Yes", False: "No"}
-    return [(question, answers[asked in words]), (f"And {other}?", answers[other in words])]
-
-
 def grouping(draw: Draw) -> list[Turn]:
     """Which of these is an animal: lake fox hat -> fox; And which is a place? -> lake"""
-    groups = draw.some(list(GROUPS), draw.between(2, 4))
+    groups = draw.some(list(GROUPS), draw.between(2, 5))
     words = [draw.one(GROUPS[group]) for group in groups]
     asked, other = draw.some(range(len(groups)), 2)
     question = draw.say(
-        "Which of these is {group}: {words} | Find {group} in this list: {words} | "
-        "One of these is {group}: {words} | Pick the word for {group}: {words}",
+        "Which of these is {group}: {words} | Find {group} in this list: {words}",
         **{"group": groups[asked], "words": listed(words)},
     )
     return [(question, words[asked]), (f"And which is {groups[other]}?", words[other])]
@@ -295,8 +178,7 @@ def opposite(draw: Draw) -> list[Turn]:
     word, other = draw.some(list(OPPOSITE), 2)
     question = draw.say(
         "{name} asks: what is the opposite of {word}? | Tell {name} the opposite of {word} | "
-        "{name} says {word} but means the opposite. What is it? | "
-        "Not {word} but the opposite, says {name}. Which word is it?",
+        "{name} says {word} but means the opposite. What is it?",
         **{"name": draw.one(NAMES), "word": word},
     )
     return [(question, OPPOSITE[word]), (f"And of {other}?", OPPOSITE[other])]
@@ -308,9 +190,8 @@ def calendar(draw: Draw) -> list[Turn]:
     step = draw.one((1, -1))
     when = {1: "after", -1: "before"}[step]
     question = draw.say(
-        "{name} asks: which day comes {when} {day}? | Tell {name} the day {when} {day} | "
-        "{name} buys a {word} on the day {when} {day}. Which day is it? | "
-        "The {word} of {name} comes the day {when} {day}. When is that?",
+        "{name} asks: which day comes {when} {day}? | "
+        "{name} buys a {word} on the day {when} {day}. Which day is it?",
         **{"name": name, "word": word, "when": when, "day": DAYS[today]},
     )
     answers = [DAYS[(today + step * days) % 7] for days in (1, 2)]
@@ -318,39 +199,62 @@ def calendar(draw: Draw) -> list[Turn]:
 
 
 KINDS: tuple[Callable[[Draw], list[Turn]], ...] = (
-    *(addition, subtraction, sequence, comparison, sorting, reversal, position, amount, lookup),
-    *(copying, repetition, spelling, membership, grouping, capital, opposite, calendar),
+    *(addition, comparison, sorting, reversal, copying, grouping, capital, opposite, calendar),
 )
 
 # What a system turn asks for, and what obeying it makes of every answer.
 STYLES: tuple[tuple[str, str], ...] = (
-    ("You are a helpful assistant.", "{}"),
     ("Put every answer in quotation marks.", '"{}"'),
     ("Begin every answer with a dash.", "- {}"),
     ("End every answer with an exclamation mark.", "{}!"),
 )
 
+# Every conversation has so many tokens, and two fill a row of config/demo.py: none is cut in two by
+# a row's end, and each begins at one of two positions. The demo learns several times as fast so.
+LENGTH = 46
+# What may follow the last question, to fill a conversation up: the one at N has N tokens.
+MANNERS = (
+    "| Please| Thank you| Please tell me| Please tell me now| Please tell me right now"
+    "| Please take your time to answer| Please take your time and think first"
+    "| Please take your time and think before speaking"
+    "| Please take your time and think well before speaking"
+    "| Please take all your time and think well before speaking"
+    "| Please take all of your time and think well before speaking"
+).split("|")
+
 
 def conversations(count: int, seed: int = 42) -> Iterator[dict]:
     """`count` rows in OpenHermes-2.5's schema, the same bytes for the same (count, seed).
 
-    No two rows have the same first question.
+    No two rows have the same first question, and each has LENGTH tokens.
     """
     draw = Draw(seed)
     asked: set[str] = set()
-    while len(asked) < count:
-        kind = draw.one(KINDS)
-        turns = kind(draw)
-        turns = turns[: draw.between(1, len(turns))]
-        system, style = draw.one(STYLES) if draw.below(4) == 0 else ("", "{}")
-        if turns[0][0] in asked:
-            continue
-        asked.add(turns[0][0])
-        messages = [{"from": "system", "value": system}] if system else []
-        for question, answer in turns:
-            messages.append({"from": "human", "value": question})
-            messages.append({"from": "gpt", "value": style.format(answer)})
-        yield {"conversations": messages, "source": SOURCE, "category": kind.__name__}
+    while True:
+        drafts = [draft(draw) for _ in range(1000)]  # encoded in one call
+        encoded = tokenizer.encode_conversations([turns for _, turns in drafts])
+        for (kind, turns), (ids, _) in zip(drafts, encoded, strict=True):
+            question = next(text for role, text in turns if role == "user")
+            n_missing = LENGTH - len(ids)
+            if question in asked or n_missing not in range(len(MANNERS)):
+                continue
+            asked.add(question)
+            turns[-2] = ("user", turns[-2][1] + MANNERS[n_missing])
+            messages = [{"from": SPEAKERS[role], "value": text} for role, text in turns]
+            yield {"conversations": messages, "source": SOURCE, "category": kind}
+            if len(asked) == count:
+                return
+
+
+def draft(draw: Draw) -> tuple[str, list[tokenizer.Turn]]:
+    """The name of a kind, and a conversation of any length."""
+    kind = draw.one(KINDS)
+    turns = kind(draw)
+    system, style = draw.one(STYLES) if draw.below(4) == 0 else ("", "{}")
+    texts = [("system", system)] if system else []
+    for question, answer in turns[: draw.between(1, 2)]:
+        texts += [("user", question), ("assistant", style.format(answer))]
+    return kind.__name__, texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +262,7 @@ class SampleDataConfig(settings.Settings):
     """Write the demo's conversations as JSON lines, which prepare.py reads like any others."""
 
     to: str = setting("data/sample.jsonl", "the file, which is replaced", path=True)
-    num_rows: int = setting(60_000, "conversations", at_least=1)
+    num_rows: int = setting(24_000, "conversations", at_least=1)
     seed: int = setting(42, "of all that is drawn", at_least=0, at_most=settings.LARGEST_SEED)
 
 

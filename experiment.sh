@@ -2,7 +2,7 @@
 # The whole experiment: data to bins, a smoke test, every size and seed trained, measured and judged.
 #
 #   bash experiment.sh                                              # OpenHermes-2.5, 500m and 1b
-#   SEEDS="42 43" CONTROL=fineweb.parquet bash experiment.sh        # two seeds, and one on other text
+#   SEEDS="42 43" CONTROL=HuggingFaceFW/fineweb-edu bash experiment.sh    # two seeds, one on web text
 #   SOURCE=conversations.json SIZES=demo bash experiment.sh         # small, on a CPU
 #
 # Killed, it goes on where it stopped: run it again. What is done is not done twice. On several GPUs
@@ -20,8 +20,12 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 launch() { # SCRIPT FLAGS: a process on each GPU; `--` keeps torchrun from taking --run for its own
   if ((gpus > 1)); then torchrun --standalone --nproc_per_node="$gpus" -- "$@"; else python "$@"; fi
 }
-prepare() { # SOURCE FOLDER
-  [ -e "$2/meta.json" ] || python prepare.py --source="$1" --data_dir="$2"
+prepare() { # SOURCE FOLDER FLAGS
+  [ -e "$2/meta.json" ] || python prepare.py --source="$1" --data_dir="$2" "${@:3}"
+}
+text_bytes() { # FOLDER: of both splits
+  python -c 'import json, sys; splits = json.load(open(sys.argv[1]))["splits"]
+print(sum(split["text_bytes"] for split in splits.values()))' "$1/meta.json"
 }
 last_step() { # RUN: the name of its last checkpoint, once it has begun
   python -c 'import json, sys; print("step_%06d" % json.load(open(sys.argv[1]))["max_steps"])' "$1/config.json"
@@ -38,10 +42,13 @@ train() { # RUN SIZE DATA FLAGS
 
 for size in $sizes; do # before hours are spent, and before the data is there by assumption
   echo "== the plan of $size: one of ${seeds// /, } each, against 1 device-hour a run"
-  python -m benchmarks.plan "config/$size.py" --data_dir="$data" --n_devices=$((gpus > 1 ? gpus : 1))
+  python -m benchmarks.plan "config/$size.py" --data_dir="$data" --n_devices=$((gpus > 1 ? gpus : 1)) \
+    "${train_flags[@]}"
 done
 prepare "$source" "$data"
-[ -z "$control" ] || prepare "$control" "data/$(basename "$control")"
+if [ -n "$control" ]; then # as much text, and no more of what may be the whole web
+  prepare "$control" "data/$(basename "$control")" --max_bytes="$(text_bytes "$data")"
+fi
 
 for size in $sizes; do
   smoke=$out/smoke-$size # the first 100 steps of it, so that a broken path costs minutes

@@ -53,6 +53,9 @@ class PrepareConfig(settings.Settings):
     max_rows: int = setting(
         0, "a random sample of so many rows of the whole source; 0: all", at_least=0
     )
+    max_bytes: int = setting(
+        0, "read from the start until so much text is kept, and no further; 0: all", at_least=0
+    )
     data_dir: str = setting("data/openhermes", "where they go", group="The bins", path=True)
     val_fraction: float = setting(
         0.05, "share of first user turns that go to validation", above=0, below=1
@@ -113,7 +116,7 @@ BATCH_ROWS = 1000
 
 # The settings that the bins depend on, beside the source; meta.json keeps them.
 RECIPE = (
-    "seed val_fraction max_rows drop_refusals drop_non_english drop_runs "
+    "seed val_fraction max_rows max_bytes drop_refusals drop_non_english drop_runs "
     "split columns document_separator weights"
 ).split()
 
@@ -254,9 +257,14 @@ def kept_conversations(
     rejects: Rejects,
     tally: stats.Tally,
 ) -> Iterator[Conversation]:
-    """Those of the selected rows, each once."""
+    """Those of the selected rows, each once, up to max_bytes of text."""
     usable = usable_conversations(source, columns, config, rejects, tally)
-    return unique_conversations(usable, config, rejects, tally)
+    n_bytes = 0
+    for conversation in unique_conversations(usable, config, rejects, tally):
+        yield conversation
+        n_bytes += sum(len(text.encode()) for _, text in conversation.turns)
+        if config.max_bytes and n_bytes >= config.max_bytes:
+            return
 
 
 def usable_conversations(

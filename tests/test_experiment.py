@@ -19,7 +19,9 @@ name=$1; [ "$1" != -m ] || name=$2
 dies() { [ "$name" = "${DIES_AT-}" ] && exit 9; return 0; }
 case $name in
   -c) if [[ $2 == *torch* ]]; then echo "${GPUS-0}"; else exec PYTHON "$@"; fi ;;
-  prepare.py) dies; mkdir -p "$folder"; touch "$folder/meta.json" ;;
+  prepare.py) dies; mkdir -p "$folder"
+    splits='{"train": {"text_bytes": 90}, "val": {"text_bytes": 10}}'
+    echo "{\"splits\": $splits}" > "$folder/meta.json" ;;
   train.py) folder=${3#*=}; mkdir -p "$folder"; echo '{"max_steps": 6}' > "$folder/config.json"
     echo "step_${STEP-000003}" > "$folder/latest"; dies
     echo "step_${STEP-000006}" > "$folder/latest" ;;
@@ -97,7 +99,9 @@ def test_seeds_sizes_gpus_and_a_control(experiment):
         calls.count("torchrun --standalone --nproc_per_node=2 -- eval_ppl.py --run=out/b/1b-43")
         == 1
     )
-    assert "prepare.py --source=web.jsonl --data_dir=data/web.jsonl" in calls
+    assert "prepare.py --source=web.jsonl --data_dir=data/web.jsonl --max_bytes=100" in calls
+    plan = "benchmarks.plan config/1b.py --data_dir=data/b --n_devices=2"
+    assert f"{plan} --dtype=bfloat16 --epochs=2" in map(str.strip, calls)
     control = (
         "train.py config/1b.py --out_dir=out/b/1b-control --data_dir=data/web.jsonl --max_steps=6"
     )

@@ -146,6 +146,15 @@ def test_max_rows_of_more_than_there_are_takes_all(tmp_path):
     assert run(tmp_path, QUESTIONS, max_rows=1000)["rows_read"] == 100
 
 
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_max_bytes_ends_the_reading(tmp_path, num_threads):
+    """250 bytes are 25 texts of ten; one that comes again counts once."""
+    rows = [{"text": f"number {n:03}"} for n in range(1, 100)]
+    meta = run(tmp_path, rows[:1] + rows, max_bytes=250, num_threads=num_threads)
+    assert (meta["rows_read"], meta["rows_kept"], meta["max_bytes"]) == (26, 25, 250)
+    assert sum(split["text_bytes"] for split in meta["splits"].values()) == 250
+
+
 def test_no_usable_row_shows_the_columns(tmp_path):
     rows = [{"txt": "x", "title": "y", "nothing": None}, {"txt": "z"}]
     with pytest.raises(UserError) as error:

@@ -34,7 +34,7 @@ is_trained() { # RUN
   [ -e "$1/latest" ] && [ "$(<"$1/latest")" = "$(last_step "$1")" ]
 }
 train() { # RUN SIZE DATA FLAGS
-  is_trained "$1" || launch train.py "config/$2.py" --out_dir="$1" --data_dir="$3" "${@:4}" "${train_flags[@]}"
+  is_trained "$1" || launch train.py "config/$2.py" --out_dir="$1" --data_dir="$3" "${train_flags[@]}" "${@:4}"
   is_trained "$1" || { echo "$1 was stopped: run this again"; exit 1; }
   [ -e "$1/eval_ppl.json" ] || launch eval_ppl.py --run="$1"
   [ -e "$1/generations.jsonl" ] || python sample.py --run="$1" --prompts=data/tasks/prompts.jsonl

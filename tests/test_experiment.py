@@ -20,8 +20,8 @@ dies() { [ "$name" = "${DIES_AT-}" ] && exit 9; return 0; }
 case $name in
   -c) if [[ $2 == *torch* ]]; then echo "${GPUS-0}"; else exec PYTHON "$@"; fi ;;
   prepare.py) dies; mkdir -p "$folder"
-    splits='{"train": {"text_bytes": 90}, "val": {"text_bytes": 10}}'
-    echo "{\"splits\": $splits}" > "$folder/meta.json" ;;
+    echo '{"splits": {"train": {"text_bytes": 90}, "val": {"text_bytes": 9}}}' \\
+      > "$folder/meta.json" ;;
   train.py) folder=${3#*=}; mkdir -p "$folder"; echo '{"max_steps": 6}' > "$folder/config.json"
     echo "step_${STEP-000003}" > "$folder/latest"; dies
     echo "step_${STEP-000006}" > "$folder/latest" ;;
@@ -99,13 +99,11 @@ def test_seeds_sizes_gpus_and_a_control(experiment):
         calls.count("torchrun --standalone --nproc_per_node=2 -- eval_ppl.py --run=out/b/1b-43")
         == 1
     )
-    assert "prepare.py --source=web.jsonl --data_dir=data/web.jsonl --max_bytes=100" in calls
+    assert "prepare.py --source=web.jsonl --data_dir=data/web.jsonl --max_bytes=99" in calls
     plan = "benchmarks.plan config/1b.py --data_dir=data/b --n_devices=2"
     assert f"{plan} --dtype=bfloat16 --epochs=2" in map(str.strip, calls)
-    control = (
-        "train.py config/1b.py --out_dir=out/b/1b-control --data_dir=data/web.jsonl --max_steps=6"
-    )
-    assert f"{control} --dtype=bfloat16 --epochs=2" in calls
+    control = "train.py config/1b.py --out_dir=out/b/1b-control --data_dir=data/web.jsonl"
+    assert f"{control} --dtype=bfloat16 --epochs=2 --max_steps=6" in calls
     verdicts = [call.strip() for call in calls if "verdict" in call]
     runs = "--run=out/b/1b-42 --run=out/b/1b-43 --control=out/b/1b-control"
     assert verdicts[1] == f"verdict {runs} --output_dir=out/b/1b --tasks="

@@ -254,46 +254,46 @@ def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
     return sorted(alike, key=lambda run: run["cell"]["seed"])
 
 
-def tried(runs: list[dict], best: dict) -> list[str]:
-    """A line a knob: the losses of the runs that differ from the best in it alone."""
-    lines, kept = [], []
-    for knob in KNOBS:
-        losses = {
-            run["cell"][knob]: final(run["curve"])
-            for run in runs
-            if {**run["cell"], knob: best[knob]} == best
-        }
-        if len(losses) == 1:
-            kept.append(f"{knob} {best[knob]:g}")
-            continue
-        found = ", ".join(f"{value:g}: {loss:.3f}" for value, loss in sorted(losses.items()))
-        lines.append(f"- {best['optimizer']}, {knob}: {found}")
-    return lines + [f"- {best['optimizer']}, not searched: {', '.join(kept)}"] * bool(kept)
+def costs(runs: list[dict], best: dict, knob: str) -> str:
+    """What each value of a knob adds to the loss that the same run has with the best's value."""
+    kind = {name: best[name] for name in ("optimizer", "seed")}
+    alike = [run for run in runs if {**run["cell"], **kind} == run["cell"]]
+    added = {}
+    for run, other in itertools.product(alike, alike):
+        if other["cell"] == {**run["cell"], knob: best[knob]}:
+            value, cost = run["cell"][knob], final(run["curve"]) - final(other["curve"])
+            added[value] = min(cost, added.get(value, math.inf))
+    return ", ".join(
+        f"**{value:g}**" if value == best[knob] else f"{value:g}: {cost:+.3f}"
+        for value, cost in sorted(added.items())
+    )
 
 
 def report(config: RecipeConfig, runs: list[dict]) -> str:
     """Every size and length in Markdown, its picture beside it: OUT_DIR/recipe_SIZE_STEPS.png."""
     head = ["layers x channels", "steps", "adamw's end", "muon's end", "muon there after"]
-    rows, lines = [head], []
+    rows, tables = [head], []
     for size, steps in itertools.product(SIZES, sorted({run["cell"]["steps"] for run in runs})):
         here = [r for r in runs if (r["cell"]["size"], r["cell"]["steps"]) == (size, steps)]
         best = {name: tuned_runs(here, name) for name in START}
         if not all(best.values()):
             continue
         ends = {name: [final(run["curve"]) for run in made] for name, made in best.items()}
-        target = statistics.mean(ends["adamw"])
-        reached = [tokens_to_reach(run["curve"], target) for run in best["muon"]]
+        pairs = zip(ends["adamw"], best["muon"], strict=False)  # of one seed each
+        reached = [tokens_to_reach(run["curve"], end) for end, run in pairs]
         share = "not reached by every seed"
         if None not in reached:
             n_tokens = steps * ROWS * BLOCK_SIZE
             share = interval([tokens / n_tokens for tokens in reached], ".0%")
         shape = f"{SIZES[size]['n_layer']} x {SIZES[size]['n_embd']}"
         rows.append([shape, f"{steps:,}", interval(ends["adamw"]), interval(ends["muon"]), share])
-        lines += ["", f"{shape}, {steps:,} steps, at the first seed:", ""]
-        for made in best.values():
-            lines += tried(here, made[0]["cell"])
+        knobs = [
+            [knob, *(costs(here, made[0]["cell"], knob) for made in best.values())]
+            for knob in KNOBS
+        ]
+        tables += [f"{shape}, {steps:,} steps:", table([["knob", *best], *knobs], markdown=True)]
         draw(best, f"{shape}, {steps:,} steps", Path(config.out_dir, f"recipe_{size}_{steps}.png"))
-    return "\n".join([table(rows, markdown=True), *lines]) if lines else "no contender's end yet"
+    return "\n\n".join([table(rows, markdown=True), *tables]) if tables else "no ends yet"
 
 
 def draw(best: dict[str, list[dict]], title: str, path: Path) -> None:

@@ -75,12 +75,19 @@ def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
     text = recipe.report(recipe.RecipeConfig(out_dir=str(tmp_path)), runs)
     (row,) = (line for line in text.splitlines() if line.startswith("| 3 x 64"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        *("3 x 64", "250", "3.100 ± 0.248", "2.500 ± 0.000", "50% ± 0%")
+        *("3 x 64", "250", "3.100 ± 0.248", "2.500 ± 0.000", "53% ± 12%")  # 58, 50 and 50
     ]
-    assert "- adamw, beta1: 0.8: 3.000, 0.9: 3.500" in text
-    assert "- muon, learning_rate: 0.024: 2.500, 0.096: inf" in text
-    assert "- muon, not searched: embedding_learning_rate 0.024, beta1 0.8, " in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["beta1", "**0.8**, 0.9: +0.500", "**0.8**"] in rows
+    assert ["learning_rate", "**0.006**", "**0.024**, 0.096: +inf"] in rows
     assert (tmp_path / "recipe_s_250.png").exists()
+
+
+def test_a_value_is_judged_beside_the_run_that_is_else_the_same():
+    """Not beside the best, which another knob made better since."""
+    runs = [made("muon", 3.0), made("muon", 3.1, beta1=0.9), made("muon", 2.0, zero_init=True)]
+    assert recipe.costs(runs, runs[-1]["cell"], "beta1") == "**0.8**, 0.9: +0.100"
+    assert recipe.costs(runs, runs[-1]["cell"], "zero_init") == "0: +1.000, **1**"
 
 
 def test_a_muon_that_never_comes_there_is_said(tmp_path):

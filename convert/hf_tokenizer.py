@@ -101,7 +101,9 @@ def save(folder: Path, block_size: int) -> None:
         # transformers 4 would add token_type_ids, for which its GPT-2 adds an embedding.
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    path.write_text(json.dumps(json.loads(path.read_text()) | for_others, indent=2) + "\n")
+    path.write_text(
+        json.dumps(json.loads(path.read_bytes()) | for_others, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def check(folder: Path, n_rows: int) -> tuple[str, dict[int, int]]:

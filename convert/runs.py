@@ -80,7 +80,7 @@ def write(folder: Path, name: str, shape: dict, tensors: dict[str, Tensor], sour
     checkpoint.prune(folder, keep_last=1)
     n_parameters = sum(tensor.numel() for tensor in tensors.values()) - tensors[HEAD].numel()
     facts |= {"parameters": n_parameters, "max_steps": 0}
-    (folder / "config.json").write_text(json.dumps(facts, indent=2))
+    (folder / "config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return n_parameters
 
 

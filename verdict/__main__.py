@@ -300,7 +300,7 @@ def write_tasks(
     tasks["settings"][part] = asdict(config) | used
     tasks["device"] = device_name(device)
     tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())
-    others = json.loads((TASKS_DIR / "published.json").read_text())
+    others = json.loads((TASKS_DIR / "published.json").read_bytes())
     tasks["published"] = {task: others[task] for task in tasks["zero_shot"] if task in others}
     write_atomically(Path(run.path) / "tasks.json", json_text(tasks))
 

@@ -158,4 +158,4 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    (FOLDER / "reasoning.jsonl").write_text(text())
+    (FOLDER / "reasoning.jsonl").write_text(text(), encoding="utf-8")

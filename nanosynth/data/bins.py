@@ -169,7 +169,7 @@ def is_our_picture(path: Path) -> bool:
         if OUR_MARK.encode() in file.read(1024):
             return True
     try:
-        meta = json.loads((path.parent / "meta.json").read_text())
+        meta = json.loads((path.parent / "meta.json").read_bytes())
         return "format_version" in meta and "label_files" not in meta
     except (OSError, ValueError, TypeError):
         return False
@@ -180,7 +180,7 @@ def read_meta(data_dir: str) -> dict:
     path = Path(data_dir) / "meta.json"
     mend = f"python prepare.py --source=... --data_dir={data_dir}"
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_bytes())
         version, vocab_size = meta["format_version"], meta["vocab_size"]
         files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
         if sorted(files) != sorted(FILES):
@@ -238,7 +238,7 @@ def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
     last time; where the folder cannot be written to, that is each time.
     """
     try:
-        known = dict(json.loads((folder / CHECKED).read_text()))
+        known = dict(json.loads((folder / CHECKED).read_bytes()))
     except (OSError, ValueError, TypeError):
         known = {}
     found = {}

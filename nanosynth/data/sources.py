@@ -211,7 +211,7 @@ def _what_is_ours(folder: Path) -> str:
 
 
 def _saved_split(folder: Path, split: str) -> Path:
-    names = json.loads((folder / SPLITS_FILE).read_text())["splits"]
+    names = json.loads((folder / SPLITS_FILE).read_bytes())["splits"]
     if (split or "train") not in names:
         raise UserError(f"{folder} has the splits {', '.join(names)}; name one by --split")
     return folder / (split or "train")

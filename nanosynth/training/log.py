@@ -153,7 +153,7 @@ class Console:
     def _start(self, first_step: int, max_steps: int) -> None:
         self._max_steps = max_steps
         self._bar = tqdm(  # disable=None: none where stderr is no terminal
-            file=open(sys.stderr.fileno(), "w", closefd=False),
+            file=open(sys.stderr.fileno(), "w", encoding=sys.stderr.encoding, closefd=False),
             initial=first_step,
             total=max_steps,
             unit="step",

@@ -151,6 +151,38 @@ def limit_files(fault: Fault) -> None:
     before_step(change)
 
 
+def lose_console(fault: Fault) -> None:
+    """From the fault's step on; `number` says how: see CONSOLES of test_surroundings."""
+
+    def change(config, step):
+        if step != fault.step:
+            return
+        if fault.number == 2:
+            os.close(2)
+            return
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(os.open("/dev/full", os.O_WRONLY) if fault.number == 0 else writer, 1)
+
+    before_step(change)
+
+
+def hang_up(fault: Fault) -> None:
+    """Give the process a terminal of its own, which goes away before the fault's step."""
+    import fcntl
+    import pty
+    import termios
+
+    os.setsid()
+    terminal, ours = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSCTTY, 0)
+    for standard in (1, 2):
+        os.dup2(ours, standard)
+    os.close(ours)
+    sys.stdout = sys.stderr = None  # opened anew: these would take the terminal for a file
+    before_step(lambda config, step: os.close(terminal) if step == fault.step else None)
+
+
 def in_saver(action: Callable[[int], None]) -> None:
     """Call `action(n)` before operation n, counted from 1, of the saving thread on the disk."""
     number = itertools.count(1)
@@ -195,6 +227,8 @@ PLANTS = {
     "valley": valley,
     "full": fill_disk,
     "fsize": limit_files,
+    "console": lose_console,
+    "hangup": hang_up,
     "kill": lambda fault: at_step(fault, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "killsave": kill_saver,
     "slowsave": lambda fault: in_saver(lambda number: time.sleep(fault.number / 1000)),

@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch._dynamo  # AdamW imports it when it is built: 2 s, here paid once by the server
+import torch._dynamo  # noqa: F401  AdamW imports it when it is built: 2 s, here paid once
 
 import tiny
 import train

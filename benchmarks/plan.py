@@ -34,7 +34,7 @@ from nanosynth.settings import setting
 from nanosynth.table import table
 from nanosynth.training.micro_batch import MEMORY_SHARE
 
-SIZES = (4, 8, 16)  # rows at once
+SIZES = (4, 8, 16)  # rows at once, beside the run's own
 # What inductor calls a library for. All else it fuses into what comes before or after.
 PRODUCTS = ("mm", "addmm", "bmm", "scaled_dot_product", "embedding_dense_backward", "index_put")
 
@@ -171,7 +171,8 @@ def memory(config: PlanConfig) -> str:
     dtype = device.choose_dtype(config.dtype, torch.device("cuda"))
     shape, limit = train.model_config(config), MEMORY_SHARE * 1e9 * config.memory_gb
     rows = [["rows at once", "GPUs at most", "compiled", "with gradient_checkpointing"]]
-    for n_rows in SIZES:
+    sizes = {*SIZES} if config.micro_batch_size == "auto" else {*SIZES, config.micro_batch_size}
+    for n_rows in sorted(n for n in sizes if config.step_rows % n == 0):
         state = state_bytes(shape, config.optimizer)
         peaks = [state + peak for peak in step_bytes(shape, n_rows, dtype)]
         cells = [f"{peak / 1e9:.1f} GB" + " (too much)" * (peak > limit) for peak in peaks]
@@ -209,6 +210,7 @@ def report(config: PlanConfig) -> str:
     if not peak:
         known = ", ".join(device.PEAK_FLOPS_16BIT)
         config.refuse("gpu", f"wanted one whose peak is known: {known}")
+    train.check_divides(config, config.n_devices)
     model = new_model(train.model_config(config))
     n_parameters = model.n_parameters()
     rate = config.rate or config.mfu * peak / model.flops(1, 1)
@@ -226,9 +228,10 @@ def report(config: PlanConfig) -> str:
     )
     verdict = f"within the budget of {config.budget_hours:g}"
     if n_fitting < n_steps:
-        verdict = (
-            f"over the budget of {config.budget_hours:g}, in which fit --max_steps={n_fitting}"
-        )
+        what = f"in which fit --max_steps={n_fitting}"
+        if n_fitting < 1:
+            what = "which starting alone takes; use fewer GPUs"
+        verdict = f"over the budget of {config.budget_hours:g}, {what}"
     n_kept = config.keep_last + 2  # the best, and the one that is being written
     facts = [
         ["parameters", f"{n_parameters:,}"],

@@ -6,6 +6,7 @@ command line names a data_dir.
 Usage:
     python -m benchmarks.step config/1b.py
     python -m benchmarks.step config/500m.py --micro_batch_size=16 --json=500m.json --profile=trace
+    python -m benchmarks.step config/1b.py --plan    # without a GPU: benchmarks.plan
 """
 
 import dataclasses
@@ -20,10 +21,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import train
-from benchmarks import timing
+from benchmarks import plan, timing
 from nanosynth import device, settings, tokenizer
 from nanosynth.data import bins
 from nanosynth.files import write_atomically
@@ -46,21 +46,11 @@ class StepConfig(train.TrainConfig):
     profile: str = setting(
         "", "folder for a trace of one step (chrome://tracing, Perfetto)", path=True
     )
+    plan: bool = setting(False, "measure nothing, but compute what a run takes: benchmarks.plan")
     untimed_steps: int = setting(5, "first steps: compilation, allocation, clocks", at_least=1)
     timed_steps: int = setting(
         20, "steps that count; a quarter as many more are taken by phases", at_least=2
     )
-
-
-class Uncompiled(torch.nn.Module):
-    """The model behind a call of its own, whose hooks torch.compile does not trace."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
-        return self.model(*batch)
 
 
 def random_bins(data_dir: str, block_size: int, n_rows: int = 64, n_val_rows: int = 16) -> str:
@@ -102,8 +92,6 @@ def time_phases(run: train.Run, first: int, count: int) -> dict[str, dict[str, f
     A phase begins where train_step reads a batch, calls the model, has its loss, and unscales the
     gradients; of several micro-batches the intervals add up.
     """
-    if not isinstance(run.model, DistributedDataParallel):
-        run = dataclasses.replace(run, model=Uncompiled(run.model))
     clock = timing.Clock(run.world.device)
 
     def marked(name: str, function: Callable) -> Callable:
@@ -164,7 +152,7 @@ def measure(config: StepConfig, world: distributed.World) -> dict:
     done, n_phased = config.untimed_steps + config.timed_steps, max(2, config.timed_steps // 4)
     # No schedule is measured, but one must reach the last step that is taken.
     whole = dataclasses.replace(config, max_steps=done + n_phased + 1, warmup_steps=0)
-    run = train.build(whole, world, train.open_splits(config))
+    run = train.distribute(train.build(whole, world, train.open_splits(config)))
     is_compiled = train.is_compiled(config, world.device)
     size, count = (8192, 50) if world.device.type == "cuda" else (1024, 20)
     first, *_ = time_steps(run, 0, config.untimed_steps)
@@ -268,6 +256,10 @@ def report(result: dict) -> str:
 
 
 def main(config: StepConfig) -> None:
+    if config.plan:
+        names = (field.name for field in dataclasses.fields(train.TrainConfig))
+        plan.main(plan.PlanConfig(**{name: getattr(config, name) for name in names}))
+        return
     # Ours for the time of the run: no folder of the user's is read or written.
     if config.json:
         try:

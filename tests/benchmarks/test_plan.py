@@ -81,9 +81,19 @@ def test_the_report(tiny_bins, monkeypatch, capsys):
     assert "1,800 of 64 tokens, of 412,000,000 (assumed: no bins in data_dir)" in said
     assert "16 a GPU (assumed)" in said and "2.00: 2.00 training" in said
     assert "over the budget of 1, in which fit --max_steps=900" in said
-    assert "|            4 |            1 |" in said and "too much" not in said
-    said = plan.report(config_of(**changes, data_dir=tiny_bins, memory_gb=0.15))
+    rows = [line.split() for line in said.splitlines() if line.startswith("|   ")]
+    # Of the sizes those that a step of 4 rows divides in, and the run's own.
+    assert [row[1] for row in rows] == ["2", "4"] and "too much" not in said
+    said = plan.report(config_of(**changes, data_dir=tiny_bins, memory_gb=0.05))
     assert f"({tiny_bins})" in said and said.count("(too much)") == 1
+
+
+def test_gpus_that_are_too_many(monkeypatch):
+    monkeypatch.setattr(plan, "step_bytes", lambda *_: (1, 1))
+    changes = {"rate": 1e9, "start_seconds": 7200.0, "n_devices": 2}
+    assert "which starting alone takes; use fewer GPUs" in plan.report(config_of(**changes))
+    with pytest.raises(UserError, match="4 rows a step do not divide over 8 GPUs"):
+        plan.report(config_of())
 
 
 def test_an_unknown_gpu_is_refused():

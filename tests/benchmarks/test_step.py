@@ -4,8 +4,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import plan, timing
 from benchmarks.step import PHASES, StepConfig, main, random_bins, throughput
+from model import GPT
 from nanosynth import UserError, settings
 from nanosynth.data import bins
 from tiny import CPU, RUN, command
@@ -124,6 +125,21 @@ def test_bench_measures_the_step(loss_on, tmp_path, capsys):
     assert result["dearest"] and (tmp_path / "b" / "trace.json").stat().st_size > 1000
     said = capsys.readouterr().out
     assert f"{result['tokens_per_second']:,.0f} over 8 steps" in said and "optimizer" in said
+
+
+def test_the_step_is_compiled_where_training_is(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda model: compiled.append(model))
+    run_bench(json=str(tmp_path / "a.json"), compile=True, timed_steps=2)
+    assert len(compiled) == 1
+    assert json.loads((tmp_path / "a.json").read_text())["compile_seconds"] is not None
+
+
+def test_the_plan_of_a_measurement(monkeypatch):
+    found = []
+    monkeypatch.setattr(plan, "main", found.append)
+    run_bench("--plan", n_layer=5)
+    assert isinstance(found[0], plan.PlanConfig) and found[0].n_layer == 5
 
 
 def test_random_tokens_unless_the_command_line_names_bins(tmp_path, capsys):

@@ -209,13 +209,16 @@ class Rejects:
         self._parts, self._tally, self._path, self._file = source.parts, tally, path, None
         if not path:
             return
-        if os.path.lexists(path) and not is_rejects(Path(path)):
+        if os.path.lexists(path) and not sources.is_rejects(Path(path)):
             raise UserError(f"--rejects={path} is there, and is no file of rejects; name a new one")
         files = [part.path for part in source.parts if part.path]
         if os.path.exists(path) and any(file.samefile(path) for file in files):
             raise UserError(f"--rejects={path} is among the sources; name another file")
         self._partial = temporary(Path(path), "rejects")
-        self._file = open(self._partial, "x", encoding="utf-8")
+        try:
+            self._file = open(self._partial, "x", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--rejects={path} cannot be written: {error.strerror}") from None
 
     def add(self, place: tuple[int, int], reject: conversations.Reject, row: object) -> None:
         self._tally.drop(str(reject), reject.reason)
@@ -223,7 +226,7 @@ class Rejects:
             words = conversations.first_words(row)
             file = self._parts[place[0]].name
             values = (file, place[1], str(reject), words)
-            line = dict(zip(REJECT_KEYS, values, strict=True))
+            line = dict(zip(sources.REJECT_KEYS, values, strict=True))
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "Rejects":
@@ -235,21 +238,6 @@ class Rejects:
             os.replace(self._partial, self._path)
 
 
-REJECT_KEYS = ("file", "row", "reason", "text")
-
-
-def is_rejects(path: Path) -> bool:
-    """Whether a file is one that Rejects wrote: empty, or its first line has its keys."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        line = file.readline(1 << 16)
-    try:
-        return not line or tuple(json.loads(line)) == REJECT_KEYS
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
 def kept_conversations(
     source: sources.Source,
     columns: conversations.Columns,
@@ -257,34 +245,34 @@ def kept_conversations(
     rejects: Rejects,
     tally: stats.Tally,
 ) -> Iterator[Conversation]:
-    """Those of the selected rows, each once, up to max_bytes of text."""
-    usable = usable_conversations(source, columns, config, rejects, tally)
+    """What the selected rows hold, each conversation once, up to max_bytes of text; a row that is
+    left out is counted.
+    """
+    seen: set[bytes] = set()  # of digests: 84 MB for a million
     n_bytes = 0
-    for conversation in unique_conversations(usable, config, rejects, tally):
-        yield conversation
-        n_bytes += sum(len(text.encode()) for _, text in conversation.turns)
-        if config.max_bytes and n_bytes >= config.max_bytes:
-            return
-
-
-def usable_conversations(
-    source: sources.Source,
-    columns: conversations.Columns,
-    config: PrepareConfig,
-    rejects: Rejects,
-    tally: stats.Tally,
-) -> Iterator[Conversation]:
-    """What the selected rows hold; a row that holds nothing usable is counted, and left out."""
+    switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
+    dropped = set(itertools.compress(conversations.TROUBLES, switches))
     for row in selected_rows(source, config):
         tally.see(row)
         place, unused = (source.part.number, source.row), set()
         try:
             turns = conversations.conversation(row, columns, unused)
+            tally.unused.update(unused)
+            digest = splits.digest_of(turns)
+            if digest in seen:
+                raise conversations.Reject("exact duplicate")
+            seen.add(digest)
+            troubles = conversations.troubles_of(turns)
+            tally.troubles.update(troubles)
+            if reasons := [name for name in troubles if name in dropped]:
+                raise conversations.Reject(reasons[0])
         except conversations.Reject as reject:
             rejects.add(place, reject, row)
         else:
-            tally.unused.update(unused)
             yield Conversation(turns, conversations.names_of(row, source.part.name, columns), place)
+            n_bytes += sum(len(text.encode()) for _, text in turns)
+            if config.max_bytes and n_bytes >= config.max_bytes:
+                return
 
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
@@ -305,29 +293,6 @@ def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[obj
     if source.n_rows != n_rows:
         counts = f"{source.n_rows} rows where {n_rows} were counted"
         raise UserError(f"{', '.join(config.source)} gave {counts}; prepare it again")
-
-
-def unique_conversations(
-    usable: Iterable[Conversation], config: PrepareConfig, rejects: Rejects, tally: stats.Tally
-) -> Iterator[Conversation]:
-    """Those not seen before, and without the troubles that are to be dropped."""
-    seen: set[bytes] = set()  # of digests: 84 MB for a million
-    switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
-    dropped = set(itertools.compress(conversations.TROUBLES, switches))
-    for conversation in usable:
-        digest = splits.digest_of(conversation.turns)
-        if digest in seen:
-            reasons = ["exact duplicate"]
-        else:
-            seen.add(digest)
-            troubles = conversations.troubles_of(conversation.turns)
-            tally.troubles.update(troubles)
-            reasons = [name for name in troubles if name in dropped]
-        if reasons:
-            reject = conversations.Reject(reasons[0])
-            rejects.add(conversation.place, reject, conversation.turns[0][1])
-        else:
-            yield conversation
 
 
 def batches(kept: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -387,10 +352,10 @@ def check_usable(
 ) -> None:
     """Refuse to write empty bins, and say what the rows are like where none was understood."""
     found = [name for name, _ in (tally.columns + source.unread).most_common(20)]
-    rows_said = f"Columns found: {', '.join(found) or 'none'}"
+    found_said = f"columns found: {', '.join(found) or 'none'}"
     if missing := conversations.named(columns) - tally.column_names - {*source.unread}:
         raise UserError(
-            f"--columns={config.columns}: no row has {', '.join(missing)}\n  {rows_said}"
+            f"--columns={config.columns}: no row has {', '.join(missing)}; {found_said}"
         )
     if config.split and not source.has_splits:
         config.refuse("split", "no source has several")
@@ -398,9 +363,8 @@ def check_usable(
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
             f"no usable row in {', '.join(config.source)} ({tally.rows_read} read; "
-            f"{reasons or 'empty'})\n  {rows_said}\n  Wanted: conversations (from/value), messages "
-            "(role/content), instruction and output, prompt and completion, text, or as you say: "
-            "--columns=user=QUESTION,assistant=REPLY"
+            f"{reasons or 'empty'}; {found_said}); other names than those of docs/data.md are said "
+            "by --columns=user=QUESTION,assistant=REPLY or --columns=text=TEXT"
         )
     for split, counts in tally.splits().items():
         if not counts["documents"]:
@@ -408,7 +372,7 @@ def check_usable(
                 raise OneFirstTurn
             mend = f"another --val_fraction or --seed than {config.val_fraction} and {config.seed}"
             if tally.n_documents == 1:
-                mend = "--document_separator='\\n\\n', which parts a text at its empty lines,"
+                mend = "more rows or, for a text, --document_separator='\\n\\n' (empty lines)"
             n = tally.n_documents
             raise UserError(f"no document of {n} fell to {split}; {mend} will mend it")
 

@@ -276,7 +276,8 @@ def main(config: SampleDataConfig) -> None:
     except OSError as error:
         raise UserError(f"--to={path} cannot be written: {error}") from error
     print(f"{config.num_rows:,} conversations in {path}; to prepare them:")
-    print(f"python prepare.py --source={shlex.quote(str(path))} --data_dir=data/demo")
+    name = "demo" if path == Path(SampleDataConfig.to) else path.stem
+    print(shlex.join(["python", "prepare.py", f"--source={path}", f"--data_dir=data/{name}"]))
 
 
 if __name__ == "__main__":

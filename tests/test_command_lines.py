@@ -119,4 +119,4 @@ def test_a_source_without_conversations(tmp_path):
     source.write_text('{"title": "x"}\n')
     done = command("prepare.py", f"--source={source}", f"--data_dir={tmp_path / 'data'}")
     fail(done)
-    assert "Columns found: title" in done.stderr
+    assert "columns found: title" in done.stderr

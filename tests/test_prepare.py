@@ -10,7 +10,7 @@ import pytest
 
 import prepare
 from nanosynth import UserError, tokenizer
-from nanosynth.data import bins, ngrams, stats
+from nanosynth.data import bins, ngrams, sources, stats
 from tiny import chat_row, command, write_jsonl
 
 QUESTIONS = [chat_row(f"Question number {number}?", f"Answer {number}.") for number in range(100)]
@@ -161,8 +161,9 @@ def test_no_usable_row_shows_the_columns(tmp_path):
         run(tmp_path, rows)
     said = str(error.value)
     assert said.startswith("no usable row in ")
-    assert "rows.jsonl (2 read; no known column: 2)" in said
-    assert "Columns found: txt, title\n" in said and "Wanted: conversations (from/value)" in said
+    assert "rows.jsonl (2 read; no known column: 2; columns found: txt, title);" in said
+    assert "--columns=user=QUESTION" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_an_empty_split_is_refused(tmp_path):
@@ -224,6 +225,7 @@ def test_rejects_have_their_place_reason_and_first_words(tmp_path):
         ("rows.jsonl", 103, "Q"),
         ("rows.jsonl", 104, ""),
     ]
+    assert list(sources.open_sources([str(tmp_path)]).rows()) == rows  # nor is it a source
     assert not list(tmp_path.glob(".rejects-*"))
     with pytest.raises(UserError, match="no usable row"):
         run(tmp_path, [{"txt": "x"}], rejects=str(path))
@@ -410,7 +412,7 @@ def test_columns_that_the_user_names(tmp_path):
     assert meta["rows_kept"] == 50 and meta["columns"] == "user=ask,assistant=say,system=who"
     assert meta["unused_columns"] == {"text": 50}
     assert "<|im_start|>system\nKay<|im_end|>\n" in documents_of(tmp_path / "data")[0]
-    with pytest.raises(UserError, match="no row has sayings\n  Columns found: ask, say, who, text"):
+    with pytest.raises(UserError, match="no row has sayings; columns found: ask, say, who, text"):
         run(tmp_path, rows, columns="user=ask,assistant=sayings")
 
 
@@ -491,6 +493,12 @@ def test_rejects_replace_nothing_but_rejects(tmp_path):
     assert len(old.read_text().splitlines()) == 2
 
 
+def test_rejects_that_cannot_be_written_are_one_line(tmp_path):
+    path = tmp_path / "nowhere" / "rejects.jsonl"
+    with pytest.raises(UserError, match=f"--rejects={path} cannot be written: No such file"):
+        run(tmp_path, QUESTIONS, rejects=str(path))
+
+
 def test_a_rejects_file_is_no_source(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
     rejects = tmp_path / "rejects.jsonl"
@@ -524,6 +532,20 @@ def test_a_file_for_a_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="--data_dir=.*data is no folder"):
         run(tmp_path, QUESTIONS)
     assert (tmp_path / "data").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_or_opened_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="stopped while preparing .*file/data: .*Not a directory"):
+        run(tmp_path, QUESTIONS, "file/data")
+
+    def refused(*args: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(UserError, match="stopped while preparing .*data: .*Permission denied"):
+        run(tmp_path, QUESTIONS)
 
 
 def test_a_second_one_in_the_same_folder_is_refused_at_once(tmp_path):

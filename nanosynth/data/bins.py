@@ -54,6 +54,7 @@ class BinWriter:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(lock(self.data_dir))
         try:
+            self._refuse_foreign()
             self._clear(has_picture)
         except BaseException:
             self._stack.close()
@@ -63,6 +64,17 @@ class BinWriter:
         }
         self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
         self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
+
+    def _refuse_foreign(self) -> None:
+        """Bins of ours have masks, or a meta.json that tells of them; others are not replaced, as
+        nanoGPT's bins or a checkpoint's meta.json.
+        """
+        masks = (self.data_dir / f"{split}_mask.bin" for split in SPLITS)
+        if _our_meta(self.data_dir) or any(mask.exists() for mask in masks):
+            return
+        for name in ("meta.json", "train.bin", "val.bin"):
+            if os.path.lexists(path := self.data_dir / name):
+                raise UserError(f"{path} is not of prepare.py; name another --data_dir")
 
     def _clear(self, has_picture: bool) -> None:
         """Make `partial` anew: what a killed run left there is ours by its names."""
@@ -142,7 +154,8 @@ class BinWriter:
             (self.data_dir / name).unlink(missing_ok=True)
         sync(self.data_dir)
         has_picture = (self.partial / PICTURE).is_file()
-        for name in (*self._files, *([PICTURE] if has_picture else [])):
+        # A mask comes before its bin: it tells that both are ours, should this be killed.
+        for name in (*sorted(self._files, reverse=True), *([PICTURE] if has_picture else [])):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
@@ -168,11 +181,17 @@ def is_our_picture(path: Path) -> bool:
     with open(path, "rb") as file:
         if OUR_MARK.encode() in file.read(1024):
             return True
+    meta = _our_meta(path.parent)
+    return bool(meta) and "label_files" not in meta
+
+
+def _our_meta(folder: Path) -> dict:
+    """meta.json where it tells of bins of ours, whole or not; else empty."""
     try:
-        meta = json.loads((path.parent / "meta.json").read_bytes())
-        return "format_version" in meta and "label_files" not in meta
-    except (OSError, ValueError, TypeError):
-        return False
+        meta = json.loads((folder / "meta.json").read_bytes())
+        return meta if "train_mask.bin" in meta["files"] else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def read_meta(data_dir: str) -> dict:

@@ -36,11 +36,15 @@ ROLES = {
         "assistant gpt chatgpt bing bard claude gemini model bot ai".split(), "assistant"
     ),
 }
+TOOL_CALLS = ("tool_calls", "function_call")  # columns of a turn
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content
 MOST_SPACES = 900_000  # in a row; tiktoken's regex panics at 1,000,000
 UNNAMED = "(not given)"
 _TEXT_USES = ("turns", "user", "input", "content")  # where a row's first words stand
-_TYPES = {str: "text", bool: "a boolean", list: "a list", dict: "an object"}  # else a number
+_TYPES = {
+    **{type(None): "null", str: "text", bool: "a boolean", int: "a number", float: "a number"},
+    **{list: "a list", dict: "an object", bytes: "bytes without an encoding"},
+}
 
 
 class Reject(Exception):
@@ -198,6 +202,8 @@ class _Row:
                 turns += [(role, _text(text, name)) for role, text in zip(roles, item, strict=True)]
             else:
                 raise Reject("turn is not an object", f"{_type(item)} in {name}")
+        if called := [key for key in TOOL_CALLS if f"{name}.{key}" in self._unused]:
+            raise Reject("turn calls a tool", called[0])
         return turns
 
     def _turn(self, name: str) -> list[Turn]:
@@ -215,7 +221,7 @@ class _Row:
 
 
 def _type(value: object) -> str:
-    return "null" if value is None else _TYPES.get(type(value), "a number")
+    return _TYPES.get(type(value), f"a {type(value).__name__}")
 
 
 def _text(value: object, name: str) -> str:

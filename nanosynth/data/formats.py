@@ -178,7 +178,8 @@ def _lists_of_rows(value: object, reading: Reading) -> Iterator[tuple[str, list]
             return  # it is one
         else:
             found += _lists_of_rows(inside, reading)
-    yield from found
+    # Beside the rows may stand what tells of them: features, licences.
+    yield from [(name, rows) for name, rows in found if reading.may_be_row(rows[0])] or found
 
 
 def _documents(
@@ -290,16 +291,28 @@ def _batch_rows(batch: object) -> Iterator[object]:
     """The rows of an Arrow batch; one that Python cannot hold, as a date of the year 20000 or text
     that is not UTF-8, comes as a Reject.
     """
-    if not batch.num_columns:
+    names = batch.schema.names
+    if not names:
         yield from ({} for _ in range(batch.num_rows))
         return
     try:
+        if len({*names}) < len(names):  # a dict would keep the last of them, unsaid
+            raise ValueError("two columns of one name")
         yield from batch.to_pylist()
     except Exception:  # pyarrow raises what the values' own types do
         for number in range(batch.num_rows):
-            try:
-                yield batch.slice(number, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
-            except Exception as error:
-                yield Reject("row cannot be read", str(error))
+            yield _row_or_reject(names, [column[number] for column in batch.columns])
+
+
+def _row_or_reject(names: list[str], values: list[object]) -> object:
+    row = {}
+    for name, value in zip(names, values, strict=True):
+        try:
+            if name in row:
+                return Reject("row cannot be read", f"two columns {name}")
+            row[name] = value.as_py()
+        except UnicodeDecodeError:
+            return Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
+        except Exception as error:
+            return Reject("row cannot be read", f"{name}: {error}")
+    return row

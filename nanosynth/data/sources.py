@@ -37,6 +37,7 @@ OURS = (
     "stats.png",
     *(f"{s}{of}.bin" for s in ("train", "val") for of in ("", "_mask", "_sources")),
 )
+REJECT_KEYS = ("file", "row", "reason", "text")
 SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
 
 
@@ -191,10 +192,24 @@ def _files(
             left_out["hidden"] += 1
         elif path.is_dir():
             yield from _files(path, reading, left_out, seen)
-        elif path.is_file() and formats.kind_of(path):
-            yield path
-        else:
+        elif not (path.is_file() and formats.kind_of(path)):
             left_out[path.suffix or path.name] += 1
+        elif path.stat().st_size and is_rejects(path):
+            left_out["rejects"] += 1
+        else:
+            yield path
+
+
+def is_rejects(path: Path) -> bool:
+    """Whether a file is one that prepare.py's --rejects wrote: empty, or of its keys."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        line = file.readline(1 << 16)
+    try:
+        return not line or tuple(json.loads(line)) == REJECT_KEYS
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _what_is_ours(folder: Path) -> str:

@@ -14,12 +14,17 @@ _MARKS = {
 
 
 def check(head: bytes, path: Path) -> None:
-    """Refuse a file that begins as another encoding does; single bytes of cp1252 are not seen."""
+    """Refuse a file that begins as another encoding does; single bytes of cp1252 are not seen.
+
+    `head`: its first 1,024 bytes or more.
+    """
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             raise refusal(path, name)
-    if b"\0" in head[:2]:  # an ASCII character of two bytes
-        raise refusal(path, "UTF-16LE" if head[1:2] == b"\0" else "UTF-16BE")
+    zeros = {place % 4 for place, byte in enumerate(head[:1024]) if not byte}
+    if head[:1024].count(0) * 50 >= max(1, len(head[:1024])):  # of spaces and newlines, at least
+        bits = 16 if zeros <= {0, 2} or zeros <= {1, 3} else 32
+        raise refusal(path, f"UTF-{bits}{'BE' if 0 in zeros else 'LE'}")
 
 
 def refusal(path: Path, name: str) -> UserError:
@@ -33,7 +38,7 @@ def lines(path: Path) -> list[tuple[int, str]]:
     """
     try:
         content = path.read_bytes()
-        check(content[:4], path)
+        check(content, path)
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

@@ -210,6 +210,46 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".partial"]
 
 
+@pytest.mark.parametrize(
+    "names", [["train.bin", "val.bin"], ["val.bin", "meta.pkl"], ["meta.json"]]
+)
+def test_bins_and_checkpoints_of_others_are_left_alone(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text('{"format_version": 1, "files": {"model.safetensors": 1}}')
+    with pytest.raises(
+        UserError, match=f"{names[0]} is not of prepare.py; name another --data_dir"
+    ):
+        bins.BinWriter(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+@pytest.mark.parametrize("damage", ["meta.json", "train.bin", "train_mask.bin"])
+def test_damaged_bins_of_ours_are_made_anew(data_dir, damage):
+    (Path(data_dir) / damage).write_text("damaged")
+    with bins.BinWriter(data_dir):
+        pass
+
+
+@pytest.mark.parametrize("n_moved", range(5))
+def test_bins_whose_publishing_was_killed_are_made_anew(tmp_path, monkeypatch, n_moved):
+    """At whatever file, and though a run that failed has removed .partial since."""
+    moved, replace = [], os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if len(moved) == n_moved:
+            raise KeyboardInterrupt
+        moved.append(replace(source, target))
+
+    with pytest.raises(KeyboardInterrupt), bins.BinWriter(str(tmp_path)) as writer:
+        for split in bins.SPLITS:
+            writer.add(split, [1, END], [0, 0])
+        writer.shuffle(0)
+        monkeypatch.setattr(os, "replace", killed)
+        writer.publish({"source": "test"})
+    with bins.BinWriter(str(tmp_path)):
+        pass
+
+
 def test_a_file_shortened_after_opening_is_an_error(data_dir):
     split = bins.Split(data_dir, "train")
     os.truncate(split.path, 20)

@@ -24,6 +24,7 @@ def row(*turns: object) -> dict:
         (row({"from": "system", "value": " \n"}, HUMAN, GPT), PAIR),
         (row(HUMAN, GPT, HUMAN, GPT), PAIR * 2),
         (row({**HUMAN, "weight": None}, {**GPT, "weight": 1}), PAIR),
+        (row({**HUMAN, "tool_calls": None}, {**GPT, "tool_calls": [], "function_call": ""}), PAIR),
         ({"messages": MESSAGES}, PAIR),
         ({"conversations": [HUMAN, GPT], "id": None, "system_prompt": None, "source": "x"}, PAIR),
         ({"instruction": "Hi", "output": "Yo"}, PAIR),
@@ -43,6 +44,7 @@ def test_each_form_of_row(found, turns):
 
 
 NOT_UTF8 = "text is not UTF-8: cp1252 or another encoding of single bytes"
+CALLS = {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 REJECTS = [
     ("row is not an object", ["Hi"]),
     ("row is not an object", None),
@@ -65,6 +67,12 @@ REJECTS = [
     ("not text: answer is an object", {"question": "Hi", "answer": {"text": "Yo"}}),
     ("content is not text: type image_url",
      {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, MESSAGES[1]]}),
+    ("not text: output is bytes without an encoding", {"instruction": "Hi", "output": b"Yo"}),
+    ("not text: text is a tuple", {"text": ("Hi",)}),
+    ("turn calls a tool: tool_calls", {"messages": [MESSAGES[0], {**MESSAGES[1], **CALLS}]}),
+    ("turn calls a tool: tool_calls", {"messages": [MESSAGES[0], {"role": "assistant", **CALLS}]}),
+    ("turn calls a tool: function_call", row(HUMAN, {"from": "gpt", "function_call": {"a": "b"}})),
+    ("unknown role: tool", {"messages": [{**MESSAGES[1], **CALLS}, {"role": "tool"}]}),
     ("no answer: to instruction", {"instruction": "Hi"}),
     ("no answer: to instruction", {"instruction": "Hi", "output": "", "text": "Below is Hi"}),
     ("no question: of output", {"instruction": "", "input": None, "output": "Yo"}),

@@ -39,6 +39,7 @@ PRETTY = "\n".join(json.dumps(row, indent=2) for row in ROWS)
         json.dumps(WRAPPED),
         "\ufeff" + json.dumps(WRAPPED, indent=1) + "\n",
         json.dumps({"rows": ROWS}),
+        json.dumps({"features": [{"name": "conversations"}], "rows": ROWS}),
         json.dumps({"conversations": ROWS}),  # which are no turns
         json.dumps({"data": {"n": 5, "rows": ROWS}}),
         json.dumps({number: row for number, row in enumerate(ROWS)}),
@@ -48,7 +49,7 @@ PRETTY = "\n".join(json.dumps(row, indent=2) for row in ROWS)
         bz2.compress(json.dumps(WRAPPED).encode()),
         pyarrow.compress(LINES, "zstd", asbytes=True),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSON", "rows.json.gz"])
 def test_json_is_known_by_its_bytes(tmp_path, name, content):
@@ -89,6 +90,8 @@ def test_a_first_line_that_is_broken_costs_no_other(tmp_path):
         (LINES.decode().encode("utf-32"), "is UTF-32, not UTF-8"),
         (LINES.decode().encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
         (LINES.decode().encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
+        (LINES.decode().encode("utf-32-le"), "is UTF-32LE, not UTF-8"),
+        ("Привет, мир. Как дела?\n".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
         (b"PK\x03\x04...", "is a zip archive"),
         (b"<!doctype html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
@@ -175,7 +178,11 @@ def test_a_parquet_value_that_python_cannot_hold_is_a_reject(tmp_path):
     table = pyarrow.table({"conversations": pyarrow.ListArray.from_arrays([0, 1], turns)})
     pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
     [found] = rows_of(tmp_path / "twice.parquet")
-    assert "row cannot be read: " in str(found)
+    assert "row cannot be read: conversations: " in str(found)
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text"] * 2)
+    pyarrow.parquet.write_table(table, tmp_path / "columns.parquet")
+    [found] = rows_of(tmp_path / "columns.parquet")
+    assert str(found) == "row cannot be read: two columns text"
 
 
 def test_arrow_files_and_what_datasets_saves(tmp_path):

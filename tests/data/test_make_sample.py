@@ -26,13 +26,13 @@ def test_two_conversations_fill_a_row_of_the_demo():
 
 
 def test_the_file_is_read_like_any_other(tmp_path, capsys):
-    path = tmp_path / "new" / "sample.jsonl"
+    path = tmp_path / "new" / "my own.jsonl"
     make_sample.main(make_sample.SampleDataConfig(to=str(path), num_rows=50, seed=7))
     assert list(sources.open_sources([str(path)]).rows()) == list(make_sample.conversations(50, 7))
     assert json.loads(path.read_text().splitlines()[0])["source"] == make_sample.SOURCE
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"50 conversations in {path};")
-    assert said[1] == f"python prepare.py --source={path} --data_dir=data/demo"
+    assert said[1] == f"python prepare.py '--source={path}' '--data_dir=data/my own'"
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):

@@ -1,8 +1,8 @@
 # make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
 # make browser: report.html in a Chromium, installed where there is none (as root, by apt-get).
 # make faults: the fault campaign, which writes benchmarks/FAULTS.md; half an hour or so on 2 cores.
-# make clients: the demo's model in other programs, each in an environment of its own (5 GB, and a
-#   build of llama.cpp); writes benchmarks/CLIENTS.md. RUN_DIR=out/500m takes another run.
+# make clients: a small model in other programs, each in an environment of its own (5 GB); writes
+#   benchmarks/CLIENTS.md. RUN_DIR=out/500m takes another run.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.
 # make gpu: 9 minutes on one GPU, which write benchmarks/GPU.md; nanoGPT beside it with NANOGPT=PATH.
 PYTHON ?= python3
@@ -12,19 +12,19 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 BENCHMARKS := $(RUN) -m benchmarks
 NANOGPT ?= ../nanoGPT
-CLIENTS := .venv-clients
-RUN_DIR ?= out/demo
-LLAMA_CPP = $(shell sed -n 's/^llama-cpp-python==//p' tests/clients/requirements-transformers4.txt)
+RUN_DIR ?= out/clients/run
 
-.PHONY: demo test browser faults clients bench gpu lint venv clean
+.PHONY: demo demo-data test browser faults clients bench gpu lint venv clean
 
-demo: $(VENV)/.runtime
+demo: demo-data
 	rm -rf out/demo
-	$(RUN) data/make_sample.py --to=data/sample.jsonl
-	$(RUN) prepare.py --source=data/sample.jsonl --data_dir=data/demo
 	$(RUN) train.py config/demo.py
 	$(RUN) -m verdict --run=out/demo --max_new_tokens=16 --tasks=
 	$(RUN) sample.py --run=out/demo --prompts=data/demo/val.bin --temperature=0 --max_new_tokens=12
+
+demo-data: $(VENV)/.runtime
+	$(RUN) data/make_sample.py --to=data/sample.jsonl
+	$(RUN) prepare.py --source=data/sample.jsonl --data_dir=data/demo
 
 test: $(VENV)/.development lint
 	$(RUN) -m pytest -n 2 --dist worksteal
@@ -36,23 +36,12 @@ browser: $(VENV)/.development
 faults: $(VENV)/.development
 	$(RUN) -m pytest tests/faults --campaign
 
-clients: $(VENV)/.development $(CLIENTS)/.converter \
-    $(patsubst tests/clients/requirements-%.txt,$(CLIENTS)/.%,$(wildcard tests/clients/*.txt))
-	$(RUN) tests/clients/compare.py --run=$(RUN_DIR) --venvs=$(CLIENTS)
+clients: $(VENV)/.development $(RUN_DIR)
+	$(RUN) tests/clients/compare.py --run=$(RUN_DIR) --venvs=.venv-clients
 
-$(CLIENTS)/.%: tests/clients/requirements-%.txt
-	$(PYTHON) -m venv $(CLIENTS)/$*
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(CLIENTS)/$*/bin/python -m pip install --quiet --no-compile -r $<
-	# Those of the registry are for CUDA, and break what imports them beside a CPU's torch.
-	$(CLIENTS)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
-
-# llama.cpp's converter is in the sources of llama-cpp-python alone.
-$(CLIENTS)/.converter: $(CLIENTS)/.transformers4
-	$(CLIENTS)/transformers4/bin/python -m pip download --quiet --no-deps --no-binary=:all: \
-	  --dest=$(CLIENTS) llama-cpp-python==$(LLAMA_CPP)
-	tar -xzf $(CLIENTS)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(CLIENTS)
-	touch $@
+# The demo's model, but with a loss on every token: perplexity is compared over all of them.
+out/clients/run: | demo-data
+	$(RUN) train.py config/demo.py --loss_on=all --max_steps=300 --out_dir=$@
 
 bench: $(VENV)/.benchmarks
 	$(BENCHMARKS).compare_training --nanogpt=$(NANOGPT)

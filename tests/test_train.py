@@ -323,7 +323,7 @@ def test_the_activation_is_the_models_own_and_old_runs_have_tanh(tiny_bins, run_
     assert checkpoint.read_meta(path)["identity"]["model"]["activation"] == "gelu"
 
 
-def test_nanogpts_own_data_is_trained_on(tiny_bins, run_dir, tmp_path, capfd):
+def test_nanogpts_own_data_is_trained_on(tiny_bins, run_dir, tmp_path, capfd, monkeypatch):
     data_dir = tmp_path / "openwebtext"
     data_dir.mkdir()
     for name in ("train.bin", "val.bin"):
@@ -333,7 +333,11 @@ def test_nanogpts_own_data_is_trained_on(tiny_bins, run_dir, tmp_path, capfd):
     assert losses(records) == losses(read_metrics(run_dir))  # text: all of its tokens count
     assert losses(records, "val") == losses(read_metrics(run_dir), "val")
     assert "openwebtext is nanoGPT's (no meta.json): plain text" in capfd.readouterr().out
-    assert sorted(path.name for path in data_dir.iterdir()) == ["train.bin", "val.bin"]
+    looked = data_dir / bins.CHECKED  # found whole, so the next start need not read it all
+    assert sorted(data_dir.iterdir()) == [looked, data_dir / "train.bin", data_dir / "val.bin"]
+    monkeypatch.setattr(bins.hashlib, "file_digest", None)
+    assert bins.Split(str(data_dir), "train").sha256 == bins.Split(tiny_bins, "train").sha256
+    monkeypatch.undo()
     flags = {"run": str(tmp_path / "run"), "dtype": "float32", "device": "cpu"}
     eval_ppl.main(eval_ppl.EvalConfig(**flags))  # on the data that it was trained on
     scored = json.loads((tmp_path / "run" / "eval_ppl.json").read_text())

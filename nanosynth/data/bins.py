@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -237,46 +237,46 @@ def _nanogpt_meta(folder: Path, mend: str) -> dict:
     }.items():
         if (folder / name).exists():
             raise UserError(f"{str(folder)!r} holds {what}; run: {mend}")
-    paths = [folder / f"{split}.bin" for split in SPLITS]
-    files = {path.name: _look_at(path, path.stat().st_mtime_ns) for path in paths}
+    names = [f"{split}.bin" for split in SPLITS]
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in _sha256s(folder, names, always=False).items()
+    }
     return {"format_version": FORMAT_VERSION, "source": "nanoGPT's bins", "files": files}
 
 
-@functools.cache
-def _look_at(path: Path, mtime_ns: int) -> dict:
-    """{'bytes': ..., 'sha256': ...} of a file as it is at this time; all of it is read."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": sha256}
-
-
 def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
-    """Refuse bins whose content is not what meta.json says, by SHA-256.
+    """Refuse bins whose content is not what meta.json says, by SHA-256."""
+    for name, sha256 in _sha256s(folder, files, always=always).items():
+        if sha256 != files[name]["sha256"]:
+            raise UserError(f"{folder / name} has changed since it was prepared; prepare it again")
 
-    All is read where `always`, and where size, time or a sample are not those that were found the
-    last time; where the folder cannot be written to, that is each time.
+
+def _sha256s(folder: Path, names: Iterable[str], *, always: bool) -> dict[str, str]:
+    """The SHA-256 of each file. All of it is read where `always`, and where size, time or a sample
+    are not those that were found the last time; where the folder cannot be written to, each time.
     """
     try:
-        known = dict(json.loads((folder / CHECKED).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        content = json.loads((folder / CHECKED).read_bytes())
+        known = {name: [*looks, sha256] for name, (*looks, sha256) in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         known = {}
     found = {}
-    for name, entry in files.items():
+    for name in names:
         try:
             with open(folder / name, "rb") as file:
                 status = os.fstat(file.fileno())
-                sample = _sample(file.fileno(), status.st_size)
-                found[name] = [status.st_mtime_ns, sample, entry["sha256"]]
-                sha256 = entry["sha256"]
-                if always or known.get(name) != found[name]:
+                looks = [status.st_mtime_ns, _sample(file.fileno(), status.st_size)]
+                *looked, sha256 = known.get(name, [""])
+                if always or looked != looks:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
-        if sha256 != entry["sha256"]:
-            raise UserError(f"{folder / name} has changed since it was prepared; prepare it again")
+        found[name] = [*looks, sha256]
     if not found.items() <= known.items():
         with contextlib.suppress(OSError):
             write_atomically(folder / CHECKED, json.dumps(known | found))
+    return {name: sha256 for name, (*_, sha256) in found.items()}
 
 
 def _sample(descriptor: int, size: int) -> str:
@@ -296,10 +296,9 @@ class Split:
         self.path = Path(data_dir) / f"{split}.bin"
         self._mask_path = Path(data_dir) / f"{split}_mask.bin"
         files = self.meta["files"]
-        self.has_mask = self._mask_path.name in files
-        if self.has_mask:  # else they are nanoGPT's, and were read whole just now
-            checked = {name: files[name] for name in (self.path.name, self._mask_path.name)}
-            _check_whole(self.path.parent, checked, always=verify)
+        self.has_mask = self._mask_path.name in files  # nanoGPT's bins have none
+        checked = [path.name for path in (self.path, self._mask_path) if path.name in files]
+        _check_whole(self.path.parent, {name: files[name] for name in checked}, always=verify)
         self.sha256 = files[self.path.name]["sha256"]
         self.n_tokens = files[self.path.name]["bytes"] // 2
         self._ids = os.open(self.path, os.O_RDONLY)

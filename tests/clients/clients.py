@@ -13,7 +13,6 @@ from pathlib import Path
 
 
 def transformers(folder: str, asked: dict) -> dict:
-    import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -23,18 +22,24 @@ def transformers(folder: str, asked: dict) -> dict:
     batch = tokenizer(texts, padding=True, return_tensors="pt")  # on the left, as the folder says
     found = model.generate(**batch, max_new_tokens=asked["max_new_tokens"], do_sample=False)
     stops = model.generation_config.eos_token_id
+    return {
+        "version": transformers.__version__,
+        "greedy": [cut(ids, stops) for ids in found[:, batch["input_ids"].shape[1] :].tolist()],
+        "prompts": prompt_ids(tokenizer, asked),
+        "perplexity": perplexity(model, asked),
+        "stops": stops,
+    }
+
+
+def perplexity(model, asked: dict) -> float:
+    import torch
+
     nats = []
     for row in torch.tensor(asked["rows"]):
         with torch.no_grad():
             logits = model(row[None]).logits[0, :-1].double().log_softmax(-1)
         nats.append(-logits.gather(1, row[1:, None]).mean().item())
-    return {
-        "version": transformers.__version__,
-        "greedy": [cut(ids, stops) for ids in found[:, batch["input_ids"].shape[1] :].tolist()],
-        "prompts": prompt_ids(tokenizer, asked),
-        "perplexity": math.exp(sum(nats) / len(nats)),
-        "stops": stops,
-    }
+    return math.exp(sum(nats) / len(nats))
 
 
 def prompt_ids(tokenizer, asked: dict) -> list[list[int]]:
@@ -81,51 +86,56 @@ def ctranslate2(folder: str, asked: dict) -> dict:
 
 
 def llama_cpp(folder: str, asked: dict) -> dict:
-    import llama_cpp
+    import llama_cpp_py_sync  # llama.cpp's library, built
     import numpy as np
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     file = f"{folder}.gguf"
-    sources = Path(sys.prefix).parent / f"llama_cpp_python-{llama_cpp.__version__}"
-    converter = sources / "vendor/llama.cpp/convert_hf_to_gguf.py"
+    [converter] = Path(sys.prefix).glob("lib/*/site-packages/*/llama.cpp/convert_hf_to_gguf.py")
     command = [sys.executable, converter, folder, "--outfile", file, "--outtype", "f32"]
-    subprocess.run(command, check=True, capture_output=True)
-    llama = llama_cpp.Llama(
-        file, n_ctx=0, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1
-    )
-    template = llama.metadata["tokenizer.chat_template"]
-    form = Jinja2ChatFormatter(template, eos_token="", bos_token="")
+    subprocess.run(command, check=True)
+    llama = llama_cpp_py_sync.Llama(file, n_ctx=0, n_threads=1, type_k="f32", type_v="f32")
+    library, context = llama._lib, llama._ctx  # what is public gives texts alone
+    stops = [id for id in range(llama.n_vocab) if library.llama_vocab_is_eog(llama._vocab, id)]
 
     def tokens(turns: list[dict]) -> list[int]:
-        text = form(messages=turns).prompt
-        return llama.tokenize(text.encode(), add_bos=False, special=True)
+        text, _ = llama._format_chat_prompt(turns)  # llama.cpp's own reading of the template
+        return llama.tokenize(text, add_special=False, parse_special=True)
 
-    vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
-    stops = [id for id in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, id)]
+    def logits(ids: list[int], n_past: int = 0) -> np.ndarray:
+        """(len(ids), vocabulary), of tokens behind the n_past that the cache has."""
+        if not n_past:
+            library.llama_memory_clear(library.llama_get_memory(context), True)
+        batch = library.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, id in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = id, n_past + place, 1
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        assert library.llama_decode(context, batch) == 0
+        library.llama_batch_free(batch)
+        rows = [library.llama_get_logits_ith(context, place) for place in range(len(ids))]
+        return np.array([llama._ffi.unpack(row, llama.n_vocab) for row in rows])
 
     def answer(turns: list[dict]) -> list[int]:
-        found = []
-        for id in llama.generate(tokens(turns), temp=0.0, reset=True):
-            found.append(id)
-            if id in stops or len(found) == asked["max_new_tokens"]:
+        prompt, found = tokens(turns), []
+        last = logits(prompt)[-1]
+        while True:
+            found.append(int(last.argmax()))
+            if found[-1] in stops or len(found) == asked["max_new_tokens"]:
                 return found
-        return found
+            last = logits(found[-1:], len(prompt) + len(found) - 1)[-1]
 
-    greedy = [answer(turns) for turns in asked["questions"]]
     nats = []
     for row in asked["rows"]:
-        llama.reset()
-        llama.eval(row)
-        logits = llama.scores[: len(row) - 1].astype(np.float64)
-        top = logits.max(-1)
-        totals = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-        nats.append((totals - logits[np.arange(len(row) - 1), row[1:]]).mean())
+        found = logits(row[:-1])
+        top = found.max(-1, keepdims=True)
+        totals = top[:, 0] + np.log(np.exp(found - top).sum(-1))
+        nats.append((totals - found[np.arange(len(found)), row[1:]]).mean())
     return {
-        "version": llama_cpp.__version__,
-        "greedy": greedy,
+        "version": llama_cpp_py_sync.__llama_cpp_tag__,
+        "greedy": [answer(turns) for turns in asked["questions"]],
         "prompts": [tokens(turns) for turns in asked["conversations"]],
         "perplexity": math.exp(sum(nats) / len(nats)),
-        "stops": sorted(stops),
+        "stops": stops,
     }
 
 
@@ -140,6 +150,8 @@ def trl(folder: str, asked: dict) -> dict:
             output_dir=f"{folder}-trl",
             assistant_only_loss=True,
             max_length=None,
+            max_steps=1,
+            save_strategy="no",
             use_cpu=True,
             bf16=False,
             report_to=[],
@@ -148,10 +160,14 @@ def trl(folder: str, asked: dict) -> dict:
         train_dataset=datasets.Dataset.from_list(messages),
     )
     rows = list(trainer.train_dataset)
+    trainer.train()
+    trainer.save_model()
     return {
         "version": trl.__version__,
         "answered": [row["input_ids"] for row in rows],
         "masks": [[int(label != -100) for label in row["labels"]] for row in rows],
+        "perplexity": perplexity(trainer.model.eval(), asked),
+        "folder": f"{folder}-trl",
     }
 
 

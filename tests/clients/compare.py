@@ -1,7 +1,7 @@
 """A run through the clients that people use: what they answer beside what we do.
 
 Usage: python tests/clients/compare.py --run=out/demo --venvs=.venv-clients
-Writes benchmarks/CLIENTS.md. `make clients` makes the environments first.
+Writes benchmarks/CLIENTS.md. Environments that are not there yet are made first.
 """
 
 import argparse
@@ -9,12 +9,14 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parents[1]
 sys.path.insert(0, str(REPO))
 
 import torch
@@ -50,9 +52,10 @@ its own environment (`tests/clients/requirements*.txt`), in float32. {when}
   {tokens} tokens;
 - prompt ids: of {texts} conversations of odd texts, two of which open with newlines;
 - perplexity: over all tokens of {rows} rows of validation text, those that training left out too;
-  ours is {perplexity:.6f};
+  beside it ours, of the same weights;
 - stop ids: those at which the client ends an answer by itself; ours are {stops};
-- ids and masks: of {texts} conversations with answers, for a loss on the answers alone.
+- ids and masks: of {texts} conversations with answers, for a loss on the answers alone. TRL
+  then takes a step with them; its perplexity is of what that made, brought back for ours.
 
 {table}
 
@@ -118,27 +121,48 @@ def perplexity(model, rows: list[list[int]]) -> float:
     return math.exp(sum(nats) / len(nats))
 
 
-def ask(name: str, venvs: Path, work: Path, folder: Path) -> dict:
+def python_of(venv: str, venvs: Path) -> Path:
+    """The Python of a client's environment, made anew where its requirements are others."""
+    if not venv:
+        return Path(sys.executable)
+    wanted, installed = HERE / f"requirements-{venv}.txt", venvs / venv / "requirements.txt"
+    python = venvs / venv / "bin/python"
+    if not installed.exists() or installed.read_bytes() != wanted.read_bytes():
+        print(f"installing {wanted.name}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venvs / venv], check=True)
+        pip = [python, "-m", "pip", "--quiet"]
+        subprocess.run([*pip, "install", "--no-compile", "-r", wanted], check=True, stderr=-1)
+        # Those of the registry are for CUDA, and break what imports them beside a CPU's torch.
+        for_cuda = ("torchvision", "torchaudio", "torchcodec")
+        subprocess.run([*pip, "uninstall", "--yes", *for_cuda], check=True, stderr=-1)
+        shutil.copy(wanted, installed)
+    return python
+
+
+def ask(name: str, venvs: Path, work: Path) -> dict:
     """A client's answers, or {'failed': why}."""
     venv, client = CLIENTS[name]
-    python = venvs / venv / "bin/python" if venv else Path(sys.executable)
     answers = work / f"{name}.json"
-    answers.unlink(missing_ok=True)
-    script = REPO / "tests/clients/clients.py"
-    command = [python, script, client, folder, work / "questions.json", answers]
+    script = [HERE / "clients.py", client, work / "hf", work / "questions.json", answers]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
+        command = [python_of(venv, venvs), *script]
         subprocess.run(command, check=True, cwd=work, env=environment, capture_output=True)
-        return json.loads(answers.read_text())
     except subprocess.CalledProcessError as error:
         return {"failed": error.stderr.decode().strip().splitlines()[-1]}
-    except OSError as error:
-        return {"failed": str(error)}
+    return json.loads(answers.read_text())
+
+
+def ours_of(folder: str, work: Path, rows: list[list[int]]) -> float:
+    """Our perplexity of a client's folder, brought back as a run."""
+    hf.main(hf.HFConfig(source=folder, to=str(work / "back")))
+    model, _, _ = load(str(work / "back"), device=torch.device("cpu"), dtype=torch.float32)
+    return perplexity(model, rows)
 
 
 def row(name: str, found: dict, ours: dict) -> list[str]:
     if "failed" in found:
-        return [name, f"FAILED: {found['failed'][:80]}", *["-"] * 5]
+        return [name, f"FAILED: {found['failed'][:80]}", *["-"] * 6]
 
     def equal(*keys: str) -> str:
         if keys[0] not in found:
@@ -154,7 +178,8 @@ def row(name: str, found: dict, ours: dict) -> list[str]:
         found["version"],
         equal("greedy"),
         equal("prompts"),
-        f"{found['perplexity']:.6f}" if "perplexity" in found else "-",
+        f"{found['perplexity']:.6f}",
+        f"{found.get('ours', ours['perplexity']):.6f}",
         stops if isinstance(stops, str) else ", ".join(map(str, sorted(stops))),
         equal("answered", "masks"),
     ]
@@ -164,25 +189,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default="out/demo")
     parser.add_argument("--venvs", default=".venv-clients", type=Path)
-    parser.add_argument("--work", default="out/clients", type=Path, help="what is exported")
-    parser.add_argument("--only", help="ask this client; of others take what --work has")
+    parser.add_argument("--work", default="out/clients", type=Path, help="its hf/ is made anew")
     arguments = parser.parse_args()
-    work = arguments.work.resolve()
+    work, venvs = arguments.work.resolve(), arguments.venvs.resolve()
     model, path, meta = load(arguments.run, device=torch.device("cpu"), dtype=torch.float32)
-    folder = work / "hf"
-    if not folder.exists():
-        hf.main(hf.HFConfig(run=arguments.run, to=str(folder)))
+    for folder in ("hf", "back"):
+        shutil.rmtree(work / folder, ignore_errors=True)
+    hf.main(hf.HFConfig(run=arguments.run, to=str(work / "hf")))
     asked = questions(model, meta)
     (work / "questions.json").write_text(json.dumps(asked))
-    rows = [["client", "version", "greedy answers", "prompt ids", "perplexity", "stop ids",
+    rows = [["client", "version", "greedy answers", "prompt ids", "perplexity", "ours", "stop ids",
              "ids and masks"]]  # fmt: skip
     failed = False
     for name in CLIENTS:
-        answers = work / f"{name}.json"
-        if arguments.only in (None, name) or not answers.exists():
-            found = ask(name, arguments.venvs.resolve(), work, folder)
-        else:
-            found = json.loads(answers.read_text())
+        found = ask(name, venvs, work)
+        if "folder" in found:
+            found["ours"] = ours_of(found["folder"], work, asked["rows"])
         failed |= "failed" in found
         rows.append(row(name, found, asked["ours"]))
         print(rows[-1], flush=True)
@@ -194,9 +216,8 @@ def main() -> None:
         texts=len(TEXTS),
         tokens=MAX_NEW_TOKENS,
         rows=len(asked["rows"]),
-        perplexity=asked["ours"]["perplexity"],
         stops=", ".join(map(str, asked["ours"]["stops"])),
-        table=table(rows, left=(0, 1, 5), markdown=True),
+        table=table(rows, left=(0, 1, 6), markdown=True),
         remarks=KNOWN,
     )
     (REPO / "benchmarks/CLIENTS.md").write_text(text)

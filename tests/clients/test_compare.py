@@ -1,5 +1,6 @@
 """What `make clients` counts; the clients themselves are not here."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,17 +22,24 @@ OURS = {
 
 def test_a_row_counts_what_is_equal():
     same = compare.row("us", OURS | {"version": "1"}, OURS)
-    assert same == ["us", "1", "2 of 2", "1 of 1", "2.000000", "50256, 50258", "2 of 2"]
-    other = {"version": "2", "greedy": [[1, 2], [4]], "answered": [[5, 6], [7]]}
-    found = compare.row("them", other | {"masks": [[1, 1], [1]]}, OURS)
-    assert found == ["them", "2", "1 of 2", "-", "-", "-", "1 of 2"]
+    stops = "50256, 50258"
+    assert same == ["us", "1", "2 of 2", "1 of 1", "2.000000", "2.000000", stops, "2 of 2"]
+    other = {"version": "2", "greedy": [[1, 2], [4]], "answered": [[5, 6], [7]], "ours": 4.0}
+    found = compare.row("them", other | {"masks": [[1, 1], [1]], "perplexity": 3.0}, OURS)
+    assert found == ["them", "2", "1 of 2", "-", "3.000000", "4.000000", "-", "1 of 2"]
     failed = compare.row("them", {"failed": "no module"}, OURS)
-    assert failed == ["them", "FAILED: no module", *["-"] * 5]
+    assert failed == ["them", "FAILED: no module", *["-"] * 6]
 
 
-def test_a_client_that_is_not_installed_is_said(tmp_path):
-    found = compare.ask("vLLM, CPU", tmp_path, tmp_path, tmp_path)
-    assert "No such file or directory" in found["failed"]
+def test_a_client_that_cannot_be_installed_is_said(tmp_path, monkeypatch):
+    def run(command: list, **options) -> None:
+        if "install" in command:
+            raise subprocess.CalledProcessError(1, command, stderr=b"Looking\nNo such version\n")
+
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.setattr(subprocess, "run", run)
+    assert compare.ask("vLLM, CPU", tmp_path, tmp_path) == {"failed": "No such version"}
+    assert not (tmp_path / "vllm/requirements.txt").exists()  # so it is tried again
 
 
 def test_turns_are_read_back_out_of_a_prompt():

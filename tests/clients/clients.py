@@ -86,56 +86,49 @@ def ctranslate2(folder: str, asked: dict) -> dict:
 
 
 def llama_cpp(folder: str, asked: dict) -> dict:
-    import llama_cpp_py_sync  # llama.cpp's library, built
-    import numpy as np
+    import importlib.metadata
+    import urllib.request
+
+    import xllamacpp  # llama.cpp's server, built
 
     file = f"{folder}.gguf"
     [converter] = Path(sys.prefix).glob("lib/*/site-packages/*/llama.cpp/convert_hf_to_gguf.py")
     command = [sys.executable, converter, folder, "--outfile", file, "--outtype", "f32"]
     subprocess.run(command, check=True)
-    llama = llama_cpp_py_sync.Llama(file, n_ctx=0, n_threads=1, type_k="f32", type_v="f32")
-    library, context = llama._lib, llama._ctx  # what is public gives texts alone
-    stops = [id for id in range(llama.n_vocab) if library.llama_vocab_is_eog(llama._vocab, id)]
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.cpuparams.n_threads = file, 1, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+
+    def post(path: str, **question) -> dict:
+        body = json.dumps(question).encode()
+        request = urllib.request.Request(server.listening_address + path, body)
+        return json.load(urllib.request.urlopen(request))
 
     def tokens(turns: list[dict]) -> list[int]:
-        text, _ = llama._format_chat_prompt(turns)  # llama.cpp's own reading of the template
-        return llama.tokenize(text, add_special=False, parse_special=True)
+        text = post("/apply-template", messages=turns)["prompt"]
+        return post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
 
-    def logits(ids: list[int], n_past: int = 0) -> np.ndarray:
-        """(len(ids), vocabulary), of tokens behind the n_past that the cache has."""
-        if not n_past:
-            library.llama_memory_clear(library.llama_get_memory(context), True)
-        batch = library.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for place, id in enumerate(ids):
-            batch.token[place], batch.pos[place], batch.logits[place] = id, n_past + place, 1
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-        assert library.llama_decode(context, batch) == 0
-        library.llama_batch_free(batch)
-        rows = [library.llama_get_logits_ith(context, place) for place in range(len(ids))]
-        return np.array([llama._ffi.unpack(row, llama.n_vocab) for row in rows])
+    def answer(prompt: list[int], n_tokens: int, **more) -> dict:
+        greedy = {"n_predict": n_tokens, "temperature": 0, "return_tokens": True}
+        return post("/completion", prompt=prompt, **greedy, **more)
 
-    def answer(turns: list[dict]) -> list[int]:
-        prompt, found = tokens(turns), []
-        last = logits(prompt)[-1]
-        while True:
-            found.append(int(last.argmax()))
-            if found[-1] in stops or len(found) == asked["max_new_tokens"]:
-                return found
-            last = logits(found[-1:], len(prompt) + len(found) - 1)[-1]
+    def forced(prompt: list[int], id: int) -> dict:
+        return answer(prompt, 1, n_probs=1, logit_bias=[[id, 1e4]])
 
-    nats = []
+    scores = []  # of a token that is forced, the probability without force
     for row in asked["rows"]:
-        found = logits(row[:-1])
-        top = found.max(-1, keepdims=True)
-        totals = top[:, 0] + np.log(np.exp(found - top).sum(-1))
-        nats.append((totals - found[np.arange(len(found)), row[1:]]).mean())
+        for place in range(1, len(row)):
+            [found] = forced(row[:place], row[place])["completion_probabilities"]
+            assert found["id"] == row[place]
+            scores.append(found["logprob"])
+    prompts = [tokens(turns) for turns in asked["questions"]]
     return {
-        "version": llama_cpp_py_sync.__llama_cpp_tag__,
-        "greedy": [answer(turns) for turns in asked["questions"]],
+        "version": importlib.metadata.version("xllamacpp"),
+        "greedy": [answer(prompt, asked["max_new_tokens"])["tokens"] for prompt in prompts],
         "prompts": [tokens(turns) for turns in asked["conversations"]],
-        "perplexity": math.exp(sum(nats) / len(nats)),
-        "stops": stops,
+        "perplexity": math.exp(-sum(scores) / len(scores)),
+        "stops": [id for id in asked["special"] if forced([198], id)["stop_type"] == "eos"],
     }
 
 

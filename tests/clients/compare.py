@@ -90,6 +90,7 @@ def questions(model, run_meta: dict) -> dict:
         "conversations": [messages(turns) for turns in conversations],
         "answered": [messages(turns) for turns in answered],
         "rows": rows,
+        "special": list(range(tokenizer.END_OF_TEXT, tokenizer.N_IDS)),
         "max_new_tokens": MAX_NEW_TOKENS,
         "ours": {
             "greedy": generation.generate(model, prompts, list(range(len(prompts))), greedy),

@@ -207,7 +207,7 @@ def common(sizes: list[int]) -> int:
 def _diversity(firsts: dict[str, list[Answer]]) -> dict[str, dict]:
     """distinct-n and compression of each mode, over as much as the modes have in common."""
     ids = {mode: [a.ids for a in answers] for mode, answers in firsts.items()}
-    texts = {mode: q.joined([a.text for a in answers]) for mode, answers in firsts.items()}
+    texts = {mode: "\n".join(a.text for a in answers).encode() for mode, answers in firsts.items()}
     counts = {n: common([q.n_ngrams(of_mode, n) for of_mode in ids.values()]) for n in (1, 2, 3)}
     n_bytes = common(list(map(len, texts.values())))
     return {

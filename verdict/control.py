@@ -119,10 +119,14 @@ def unlike(run: Run, control: Run) -> list[str]:
     ]
 
 
+def signed(difference: float) -> str:
+    return f"{difference:+.3g}"
+
+
 def sentence(found: dict) -> str:
     """Which differences of control.json are larger than their interval."""
     larger = [
-        f"{d['what']} of {d['of']} ({d['difference']:+.3g})"
+        f"{d['what']} of {d['of']} ({signed(d['difference'])})"
         for d in found["differences"]
         if min(d["interval"], default=0) > 0 or max(d["interval"], default=0) < 0
     ]

@@ -36,21 +36,21 @@ PANELS = {
 def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
     """Draw the runs over one another, and replace `path` by the picture."""
     with rc_context(PLAIN):
-        write_atomically(path, _as_png(found, events))
+        figure = Figure(figsize=(12, 11), layout="constrained")
+        axes = figure.subplot_mosaic(
+            [["loss", "loss"], ["lr", "grad_norm"], ["loss_scale", "tokens_per_second"]],
+            height_ratios=[2.2, 1, 1],
+        )
+        for name, axis in axes.items():
+            _draw_panel(axis, name, found, events)
+        figure.legend(*_labels(axes["loss"]), fontsize=9, loc="outside upper left", ncols=2)
+        _write(figure, path)
 
 
-def _as_png(found: list[Run], events: dict[str, Events]) -> bytes:
-    figure = Figure(figsize=(12, 11), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["loss", "loss"], ["lr", "grad_norm"], ["loss_scale", "tokens_per_second"]],
-        height_ratios=[2.2, 1, 1],
-    )
-    for name, axis in axes.items():
-        _draw_panel(axis, name, found, events)
-    figure.legend(*_labels(axes["loss"]), fontsize=9, loc="outside upper left", ncols=2)
+def _write(figure: Figure, path: Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=110, format="png")
-    return png.getvalue()
+    write_atomically(path, png.getvalue())
 
 
 def draw_labels(labels: dict[str, list[tuple[str, dict, int]]], path: Path) -> None:
@@ -70,9 +70,7 @@ def draw_labels(labels: dict[str, list[tuple[str, dict, int]]], path: Path) -> N
             axis.set_ylim(n_bars - 0.5, -0.5)
             axis.set_xlim(left=0)
             axis.set_xlabel(f"perplexity by {use}, with its 95% interval")
-        png = io.BytesIO()
-        figure.savefig(png, dpi=110, format="png")
-        write_atomically(path, png.getvalue())
+        _write(figure, path)
 
 
 def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:

@@ -185,10 +185,6 @@ def compression_ratio(data: bytes) -> float:
     return len(data) / len(zlib.compress(data, 9)) if data else 0.0
 
 
-def joined(texts: Sequence[str]) -> bytes:
-    return "\n".join(texts).encode()
-
-
 def self_bleu(samples_of_prompts: Sequence[Sequence[str]]) -> float:
     """Mean BLEU, 0 to 1, of each sample against the others of its prompt (Zhu et al. 2018).
 

@@ -190,16 +190,9 @@ def label_tables(run: Run) -> dict[str, Table]:
 def control_table(run: Run) -> Table:
     rows = [["figure", "of", run.path, "the control", "difference", "95% interval", "n"]]
     for found in run.control.get("differences", ()):
-        values = [shown(found["run"]), shown(found["control"]), f"{found['difference']:+.4g}"]
-        rows.append(
-            [
-                found["what"],
-                found["of"],
-                *values,
-                interval_text(found["interval"]),
-                f"{found['n']:,}",
-            ]
-        )
+        values = [shown(found["run"]), shown(found["control"]), control.signed(found["difference"])]
+        values += [interval_text(found["interval"]), f"{found['n']:,}"]
+        rows.append([found["what"], found["of"], *values])
     return Table(rows, left=(0, 1))
 
 
@@ -215,12 +208,16 @@ def made_lines(run: Run) -> list[tuple[str, str]]:
 
 
 def zero_shot(run: Run) -> list[dict]:
-    """Each task's score beside chance and other models' published figures."""
-    published = run.tasks.get("published", {})
-    return [
-        {"task": task, "stderr": None, "chance": None, **scored, "others": published.get(task, ())}
-        for task, scored in run.tasks.get("zero_shot", {}).items()
-    ]
+    """Each task's score and interval beside chance and other models' published figures."""
+    published, found = run.tasks.get("published", {}), []
+    for task, scored in run.tasks.get("zero_shot", {}).items():
+        one = {"task": task, "stderr": None, "chance": None, **scored}
+        half = 1.96 * one["stderr"] if KINDS["number"](one["stderr"]) else 0
+        interval = [one["score"] - half, one["score"] + half]
+        others = published.get(task, ())
+        rings = [(other["model"], other["score"]) for other in others]
+        found.append(one | {"interval": interval, "others": others, "rings": rings})
+    return found
 
 
 def tasks_table(run: Run) -> Table | None:
@@ -333,8 +330,8 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"shown": shown, "interval": interval_text, "finding": finding, "said": said}
-    found.filters["markdown"] = markdown_table
+    found.filters |= {"shown": shown, "interval": interval_text, "signed": control.signed}
+    found.filters |= {"finding": finding, "said": said, "markdown": markdown_table}
     found.filters["code"] = lambda text: Markup(f"`{one_line(text).replace('`', chr(39))}`")
     found.filters["indented"] = lambda text: Markup(
         indent(harmless(text), "    ", lambda line: True)

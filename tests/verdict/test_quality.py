@@ -100,7 +100,7 @@ def test_distinct_counts_the_same_number_of_ngrams():
 
 
 def test_compression_is_higher_for_repetition():
-    varied, repeated = quality.joined([PROSE])[:150], quality.joined(["good " * 40])[:150]
+    varied, repeated = PROSE.encode()[:150], ("good " * 40).encode()[:150]
     assert quality.compression_ratio(repeated) > 2 * quality.compression_ratio(varied)
     assert quality.compression_ratio(b"") == 0.0
 

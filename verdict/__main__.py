@@ -230,9 +230,13 @@ def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> li
     how = {"device": device, "dtype": choose_dtype(config.dtype, device), "cast": False}
     print(f"{run.path}: measuring it beside {other.path}", flush=True)
     try:
-        found = control.compare(
-            run, other, lambda of: load(of.path, config.step, **how), how["dtype"]
-        )
+        made_of = []
+        for of in (run, other) if not config.only else ():  # --only measures anew
+            meta = checkpoint.read_meta(checkpoint.find(of.path, config.step))
+            val = bins.read_meta(of.settings.get("data_dir", ""))["files"]["val.bin"]
+            made_of += [meta.get("meta_sha256", ""), val["sha256"]]
+        loaded = partial(load, step=config.step, **how)
+        found = control.compare(run, other, lambda of: loaded(of.path), how["dtype"], made_of)
     except UserError as error:
         return [f"{run.path}: not compared with {other.path}: {error}"]
     write_atomically(Path(run.path) / "control.json", json.dumps(found, indent=2))

@@ -79,6 +79,7 @@ TASKS = {
 ITEMS = {"*": {"step": "count", "scores": ["number"]}}
 CONTROL = {
     "control": "text",
+    "made_of?": ["text"],
     "unlike": ["text"],
     "differences": [
         fields("what:text of:text n:count run:number control:number difference:number")

@@ -107,6 +107,9 @@ def test_the_whole_program_beside_a_control(pair, capsys, monkeypatch):
     assert f"{own}: measuring it beside {other}" in capsys.readouterr().out
     text, found = compose(own)
     assert f"## {own} beside {other}\n\nLarger than their interval, of 7 differences" in text
+    with monkeypatch.context() as once:
+        once.setattr(control, "bits_per_byte", None)  # is not asked for again
+        verdict.main(config_of(own, control=other, tasks="questions", num_prompts=2))
     of = [d["of"] for d in runs.read(own).control["differences"]]
     assert of[2:] == ["questions", *["prompts, greedy"] * 2, *["prompts, sampled"] * 2]
     Path(other, "bins", "meta.json").unlink()

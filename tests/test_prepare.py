@@ -570,7 +570,8 @@ def test_one_text_alone_is_to_be_parted(tmp_path):
 def test_bins_beside_what_they_are_made_of(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
     config = prepare.PrepareConfig(
-        source=(str(tmp_path),), data_dir=str(tmp_path), val_fraction=0.2, num_threads=1
+        **{"source": (str(tmp_path),), "data_dir": str(tmp_path), "picture": False},
+        **{"val_fraction": 0.2, "num_threads": 1},
     )
     for left_out in ({}, {f"{tmp_path} (bins)": 1}):
         prepare.main(config)

@@ -190,7 +190,7 @@ def _our_meta(folder: Path) -> dict:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         return meta if "train_mask.bin" in meta["files"] else {}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 

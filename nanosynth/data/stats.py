@@ -88,18 +88,14 @@ class Tally:
         values = np.array(self._documents[name])
         return values if self.chosen is None else values[self.chosen]
 
-    def all_documents(self, name: str) -> np.ndarray:
-        return np.array(self._documents[name])
-
     def by_split(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """A value of each document that was added, as the bins' writer has them."""
-        splits = self.all_documents("split")
+        splits = np.array(self._documents["split"])
         return {name: values[splits == number] for number, name in enumerate(SPLITS)}
 
     def labels(self) -> dict[str, np.ndarray]:
         """(documents, 2) of each split: the numbers of source and category."""
-        numbers = [self.all_documents(use) for use in self.names]
-        return self.by_split(np.stack(numbers, axis=1))
+        return self.by_split(np.stack([self._documents[use] for use in self.names], axis=1))
 
     def splits(self) -> dict[str, dict[str, int]]:
         counted = ("tokens", "assistant_tokens", "text_bytes")

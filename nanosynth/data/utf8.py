@@ -18,17 +18,14 @@ def check(head: bytes, path: Path) -> None:
 
     `head`: its first 1,024 bytes or more.
     """
-    for mark, name in _MARKS.items():
-        if head.startswith(mark):
-            raise refusal(path, name)
+    name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
     zeros = {place % 4 for place, byte in enumerate(head[:1024]) if not byte}
-    if head[:1024].count(0) * 50 >= max(1, len(head[:1024])):  # of spaces and newlines, at least
+    # Of two bytes a character are at least spaces and newlines, one in fifty or more.
+    if not name and zeros and head[:1024].count(0) * 50 >= len(head[:1024]):
         bits = 16 if zeros <= {0, 2} or zeros <= {1, 3} else 32
-        raise refusal(path, f"UTF-{bits}{'BE' if 0 in zeros else 'LE'}")
-
-
-def refusal(path: Path, name: str) -> UserError:
-    return UserError(f"{path} is {name}, not UTF-8; turn it by: iconv -f {name} -t UTF-8 {path}")
+        name = f"UTF-{bits}{'BE' if 0 in zeros else 'LE'}"
+    if name:
+        raise UserError(f"{path} is {name}, not UTF-8; turn it by: iconv -f {name} -t UTF-8 {path}")
 
 
 def lines(path: Path) -> list[tuple[int, str]]:

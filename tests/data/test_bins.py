@@ -213,9 +213,10 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "names", [["train.bin", "val.bin"], ["val.bin", "meta.pkl"], ["meta.json"]]
 )
-def test_bins_and_checkpoints_of_others_are_left_alone(tmp_path, names):
+@pytest.mark.parametrize("content", ['{"files": {"model.safetensors": 1}}', "[" * 100_000])
+def test_bins_and_checkpoints_of_others_are_left_alone(tmp_path, names, content):
     for name in names:
-        (tmp_path / name).write_text('{"format_version": 1, "files": {"model.safetensors": 1}}')
+        (tmp_path / name).write_text(content)
     with pytest.raises(
         UserError, match=f"{names[0]} is not of prepare.py; name another --data_dir"
     ):

@@ -4,7 +4,8 @@ Usage:
     python train.py config/demo.py
     torchrun --standalone --nproc_per_node=8 train.py config/1b.py --learning_rate=3e-4
 
-Read `loop`, `take_step` and `train_step`: they are the training. All else builds what they use.
+Read on from `main`: it, `train`, `loop`, `take_step` and `train_step` are the training. What stands
+below them builds what they use.
 """
 
 import contextlib
@@ -187,7 +188,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
-from nanosynth import checkpoint, files
+from nanosynth import checkpoint
 from nanosynth.checkpoint import Saver
 from nanosynth.data import bins
 from nanosynth.device import (
@@ -197,9 +198,8 @@ from nanosynth.device import (
     keep_freed_memory,
     make_deterministic,
     peak_flops,
-    total_memory,
 )
-from nanosynth.training import distributed, micro_batch, optim
+from nanosynth.training import distributed, health, micro_batch, optim
 from nanosynth.training.log import (
     Console,
     MetricsFile,
@@ -211,8 +211,6 @@ from nanosynth.training.log import (
     write_config,
 )
 
-# Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
-MIN_LOSS_SCALE = 1.0
 # A run of some 6,000 steps has no time for torch's defaults (65,536, doubled every 2,000 steps): an
 # overflow costs a step, so the scale starts at 2**13, three halvings lower, and where that is too
 # low it doubles every 200 steps.
@@ -253,6 +251,44 @@ class Run:
         return min(self.config.eval_rows or n_rows, n_rows)
 
 
+def main(config: TrainConfig) -> None:
+    started = time.perf_counter()
+    splits = open_splits(config)  # before the ranks meet: a wrong folder is said at once
+    with distributed.start(config.device, config.hang_seconds) as world:
+        try:
+            train(config, world, splits, started)
+        except RuntimeError as error:
+            if not settings.is_out_of_memory(error):
+                raise
+            reason = str(error).partition(". ")[0]
+            raise UserError(
+                f"{reason} at micro_batch_size={config.micro_batch_size}; halve it, the steps stay "
+                "the same, or use --gradient_checkpointing=True"
+            ) from error
+
+
+def train(
+    config: TrainConfig,
+    world: distributed.World,
+    splits: tuple[bins.Split, bins.Split],
+    started: float,
+) -> None:
+    """Build, train, close. Its own function, so that DDP is gone before the process group: the last
+    reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
+    """
+    stop = distributed.StopSignal()
+    run = build(config, world, splits)
+    with world.own_folder(run.out_dir):
+        run = distribute(restore(run))
+        # An error's last lines come after the log's.
+        with contextlib.closing(open_log(run, started)) as log:
+            if run.first_step < run.max_steps:
+                with Saver() as saver:
+                    loop(run, log, stop, saver)
+            else:
+                finish(run, run.first_step, log, stopping=False, saved=True)
+
+
 def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> None:
     """One pass for each step: evaluate and save what is due, then train. Call on every rank.
 
@@ -272,8 +308,9 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> N
         eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
         save_due = is_new and (step % config.save_interval == 0 or is_last or is_owed)
         if eval_due or save_due:
-            check_health(run, log.flush(run.max_steps - step))
-            check_weights(run, step)
+            records = log.flush(run.max_steps - step)
+            health.check_steps(records, config.max_skipped_steps, run.out_dir)
+            health.check_weights(run.raw_model, step, run.out_dir)
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
@@ -295,7 +332,8 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> N
 
         take_step(run, step, log)
         if (step + 1) % config.log_interval == 0:
-            check_health(run, log.flush(run.max_steps - step - 1))
+            records = log.flush(run.max_steps - step - 1)
+            health.check_steps(records, config.max_skipped_steps, run.out_dir)
 
 
 def take_step(run: Run, step: int, log: RunLog) -> None:
@@ -477,37 +515,6 @@ def publish(run: Run, step: int, log: RunLog, content: dict, *, prune: bool) -> 
     return True
 
 
-def check_health(run: Run, records: list[dict]) -> None:
-    """End a run that no longer learns; its checkpoints stay."""
-    for record in records:
-        step, n_skipped, loss_scale = record["step"], record["skipped"], record["loss_scale"]
-        if n_skipped >= run.config.max_skipped_steps or loss_scale < MIN_LOSS_SCALE:
-            raise UserError(
-                f"stopped at step {step}: {n_skipped} steps skipped in a row, loss "
-                f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
-                f"{loss_scale:g}; {way_back(run, step - n_skipped)}, and look at the rows in "
-                "metrics.jsonl"
-            )
-
-
-def check_weights(run: Run, step: int) -> None:
-    """End a run whose weights are ruined: no later step can mend them. Call on every rank."""
-    if not torch.stack([weights.isfinite().all() for weights in run.raw_model.parameters()]).all():
-        raise UserError(f"stopped at step {step}: weights not finite; {way_back(run, step - 1)}")
-
-
-def way_back(run: Run, step: int) -> str:
-    """What to do after trouble. The last good checkpoint is one of `step` or before: the weights
-    then gave a step that was taken; of a later one's nothing good is known.
-    """
-    good = [saved for saved in checkpoint.steps(run.out_dir) if saved <= step]
-    lower = "a lower --learning_rate or --dtype=bfloat16"
-    if not good:
-        return f"no checkpoint is older; try {lower} in another --out_dir"
-    path = checkpoint.folder(run.out_dir, good[-1])
-    return f"last good checkpoint: {path}; go on from it with --resume={path} and {lower}"
-
-
 def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> None:
     """Say how the run ended and what comes next. Call on every rank."""
     if run.world.any(not saved):
@@ -537,19 +544,6 @@ def open_splits(config: TrainConfig) -> tuple[bins.Split, bins.Split]:
                 f"{config.block_size}; use a smaller --block_size or more data"
             )
     return train, val
-
-
-def check_fits(config: TrainConfig, device: torch.device) -> None:
-    """Refuse a model that no memory holds, before it is built."""
-    matrices = 12 * config.n_layer * config.n_embd**2  # of attention and MLP
-    n_parameters = matrices + config.n_embd * (tokenizer.VOCAB_SIZE + config.block_size)
-    # In float32: weights, gradients, and the optimizer's moments, of which Muon has one.
-    needed, there = 12 * n_parameters, total_memory(device)
-    if needed > there:
-        raise UserError(
-            f"{n_parameters:,} parameters take more than {needed / 1e9:,.0f} GB to train, and the "
-            f"device ({device}) has {there / 1e9:,.0f}; use a smaller --n_layer or --n_embd"
-        )
 
 
 def model_config(config: TrainConfig) -> GPTConfig:
@@ -617,7 +611,7 @@ def build(
     order = row_order(config, world, train_split.n_rows(config.block_size))
     max_steps = count_steps(config, order)
     dtype = choose_dtype(config.dtype, world.device)
-    check_fits(config, world.device)
+    micro_batch.check_fits(model_config(config), world.device)
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)  # the same weights on every rank, without sending them
@@ -670,28 +664,6 @@ def distribute(run: Run) -> Run:
         return run
     ddp = DistributedDataParallel(run.raw_model, gradient_as_bucket_view=True)
     return replace(run, model=ddp)
-
-
-@contextlib.contextmanager
-def own_folder(run: Run) -> Iterator[None]:
-    """Make the run's folder and hold it against other processes. Call on every rank."""
-
-    def make_and_lock() -> None:
-        try:
-            run.out_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.lock(run.out_dir))
-        except OSError as error:
-            run.config.refuse("out_dir", f"wanted a folder that can be written: {error}")
-
-    is_new = not run.out_dir.exists()
-    try:
-        with contextlib.ExitStack() as held:
-            run.world.on_main(make_and_lock)
-            yield
-    finally:
-        if is_new and run.world.is_main:
-            with contextlib.suppress(OSError):  # it is not empty
-                run.out_dir.rmdir()
 
 
 def identity(config: TrainConfig, train: bins.Split) -> dict:
@@ -809,44 +781,6 @@ def open_log(run: Run, started: float) -> RunLog:
         budget_hours=config.budget_hours,
         spent_hours=spent_hours,
     )
-
-
-def train(
-    config: TrainConfig,
-    world: distributed.World,
-    splits: tuple[bins.Split, bins.Split],
-    started: float,
-) -> None:
-    """Build, train, close. Its own function, so that DDP is gone before the process group: the last
-    reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
-    """
-    stop = distributed.StopSignal()
-    run = build(config, world, splits)
-    with own_folder(run):
-        run = distribute(restore(run))
-        # An error's last lines come after the log's.
-        with contextlib.closing(open_log(run, started)) as log:
-            if run.first_step < run.max_steps:
-                with Saver() as saver:
-                    loop(run, log, stop, saver)
-            else:
-                finish(run, run.first_step, log, stopping=False, saved=True)
-
-
-def main(config: TrainConfig) -> None:
-    started = time.perf_counter()
-    splits = open_splits(config)  # before the ranks meet: a wrong folder is said at once
-    with distributed.start(config.device, config.hang_seconds) as world:
-        try:
-            train(config, world, splits, started)
-        except RuntimeError as error:
-            if not settings.is_out_of_memory(error):
-                raise
-            reason = str(error).partition(". ")[0]
-            raise UserError(
-                f"{reason} at micro_batch_size={config.micro_batch_size}; halve it, the steps stay "
-                "the same, or use --gradient_checkpointing=True"
-            ) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""micro_batch_size=auto: the most rows that a device takes at once."""
+"""What fits in memory: a model at all, and the most rows at once (micro_batch_size=auto)."""
 
 import gc
 
@@ -6,12 +6,25 @@ import torch
 
 from model import GPT, GPTConfig
 from nanosynth import UserError
-from nanosynth.device import autocast
+from nanosynth.device import autocast, total_memory
 from nanosynth.settings import is_out_of_memory
 from nanosynth.training.distributed import World
 
 CPU_TOKENS = 2048  # more at once are no faster on a CPU, and soon slower
 MEMORY_SHARE = 0.92  # of a GPU's: the rest is for libraries and fragments
+
+
+def check_fits(shape: GPTConfig, device: torch.device) -> None:
+    """Refuse a model that no memory holds, before it is built."""
+    matrices = 12 * shape.n_layer * shape.n_embd**2  # of attention and MLP
+    n_parameters = matrices + shape.n_embd * (shape.vocab_size + shape.block_size)
+    # In float32: weights, gradients, and the optimizer's moments, of which Muon has one.
+    needed, there = 12 * n_parameters, total_memory(device)
+    if needed > there:
+        raise UserError(
+            f"{n_parameters:,} parameters take more than {needed / 1e9:,.0f} GB to train, and the "
+            f"device ({device}) has {there / 1e9:,.0f}; use a smaller --n_layer or --n_embd"
+        )
 
 
 def largest(

@@ -9,7 +9,7 @@ from benchmarks.step import PHASES, StepConfig, main, random_bins, throughput
 from model import GPT
 from nanosynth import UserError, settings
 from nanosynth.data import bins
-from tiny import CPU, RUN, command
+from tiny import CPU, RUN
 
 SHAPE = {**RUN, "untimed_steps": 1, "timed_steps": 8, "log_interval": 3}
 
@@ -151,5 +151,5 @@ def test_random_tokens_unless_the_command_line_names_bins(tmp_path, capsys):
 
 
 def test_the_command_line():
-    done = command("-m", "benchmarks.step", "--timed_step=3")
-    assert done.returncode == 1 and "did you mean 'timed_steps'?" in done.stderr
+    with pytest.raises(UserError, match="did you mean 'timed_steps'?"):
+        run_bench("--timed_step=3")

@@ -88,10 +88,6 @@ def test_a_trial_is_compiled_anew_and_has_ddps_buckets(monkeypatch):
         assert not any(isinstance(x, torch.SymInt) for x in inputs)
         return module.forward
 
-    def spied(*size, **of):
-        sizes.append(size)
-        return empty(*size, **of)
-
     monkeypatch.setattr(GPT, "compile", lambda model: compile_parts(model, backend=backend))
     monkeypatch.setattr(
         torch, "empty", lambda *size, **of: sizes.append(size) or empty(*size, **of)

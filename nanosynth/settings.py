@@ -109,7 +109,11 @@ def bounds_text(bounds: Mapping[str, float]) -> str:
 
 
 def from_argv(cls: type, *, config_file: bool = False) -> typing.Any:
-    """The settings of the command line; a UserError ends the program with one line."""
+    """The settings of the command line; a UserError ends the program with one line.
+
+    From then on Ctrl-C is silent, also while a script imports torch.
+    """
+    sys.excepthook = terminal.except_interrupts
     with one_line_errors():
         return load(cls, sys.argv[1:], program(), config_file=config_file)
 

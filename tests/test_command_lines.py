@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -87,6 +88,15 @@ def test_help(program):
     said = succeed(command(*program.split(), "--help"))
     assert f"usage: python {program}" in said and f"--{a_setting(program)}=" in said
     assert max(map(len, said.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "-m verdict"])
+def test_an_interrupted_import_is_silent(program, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = ["--prompt=Hi"] if program == "sample.py" else []
+    done = command(*program.split(), *asked)
+    assert done.returncode == -signal.SIGINT and not done.stderr
 
 
 @pytest.mark.parametrize(

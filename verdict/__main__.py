@@ -153,9 +153,22 @@ def wanted_parts(
     if config.only == "perplexity" or not (config.only or is_scored):
         yield "the perplexity", partial(measure_perplexity, run, meta, config)
     if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
+        check_not_fewer(run, config, "num_prompts", tasks["settings"].get("generation", {}))
         yield "answers", partial(measure_answers, run, meta, tasks, config)
     if names and config.only != "perplexity":
+        for name in names:
+            check_not_fewer(run, config, "limit", tasks["zero_shot"].get(name, {}))
         yield "zero-shot tasks", partial(measure_zero_shot, run, meta, tasks, config, names)
+
+
+def check_not_fewer(run: runs.Run, config: VerdictConfig, name: str, before: dict) -> None:
+    """Refuse to replace a measurement by one of fewer prompts or documents; 0 is all."""
+    n, n_before = getattr(config, name), before.get(name, 1)
+    if config.only and n and (not n_before or n < n_before):
+        more = f"--{name}={n_before}"
+        config.refuse(
+            name, f"tasks.json in {run.path} is of {more}; use that, or a copy of the run"
+        )
 
 
 def measure_perplexity(run: runs.Run, meta: dict, config: VerdictConfig) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nanosynth import UserError, checkpoint
@@ -71,7 +72,8 @@ def read(path: str) -> Run:
     for record in _read_lines(run, folder / "metrics.jsonl", TRAIN_LINE, VAL_LINE, END_LINE):
         splits[record["split"]].append(record)
         run.device_hours = record.get("device_hours", run.device_hours)
-    run.meta = _take(run, folder, schemas.CHECKPOINT, _best_meta, "its best checkpoint")
+    best_meta = partial(_best_meta, say=run.notes.append)
+    run.meta = _take(run, folder, schemas.CHECKPOINT, best_meta, "its best checkpoint")
     run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
     for name in {"all", "assistant", *BY} & run.perplexity.keys():
         run.perplexity[name] = _nan_for_null(run.perplexity[name])
@@ -107,11 +109,11 @@ def _data_meta(folder: Path) -> dict:
     return bins.read_meta(str(folder))
 
 
-def _best_meta(folder: Path) -> dict:
+def _best_meta(folder: Path, say: Callable[[str], None]) -> dict:
     saved = [checkpoint.folder(folder, step) for step in checkpoint.steps(folder)]
     if not saved:
         raise UserError("there is none; train.py saves them")
-    return checkpoint.read_meta(checkpoint.best(folder) or saved[-1])
+    return checkpoint.read_meta(checkpoint.best(folder, say) or saved[-1])
 
 
 def _take(

@@ -67,11 +67,12 @@ ANSWERS = {
 }
 TASKS = {
     **fields("format_version?:count step?:count rule?:text"),
-    "settings?": {"*": fields("seconds:number")},
+    "settings?": {"*": fields("seconds:number num_prompts?:count")},
     "generation?": {"*": {"*": ANSWERS}},  # by set of prompts and mode
     "zero_shot?": {
         "*": fields(
-            "metric:text score:number|nan n:count stderr?:number|nan|null chance?:number|null"
+            "metric:text score:number|nan n:count stderr?:number|nan|null chance?:number|null "
+            "limit?:count"
         )
     },
     "published?": {"*": [fields("model:text score:number source:text metric?:text")]},

@@ -549,6 +549,14 @@ def test_files_that_do_not_agree_are_said(tiny_bins, tmp_path):
     assert "prepared anew after this run" in notes
 
 
+def test_a_second_best_is_not_taken_in_silence(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    damaged = checkpoint.best(run) / checkpoint.META
+    damaged.write_text("{")
+    assert runs.read(str(run)).meta["step"] == 3
+    assert any(str(damaged) in note for note in runs.read(str(run)).notes)
+
+
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(UserError, match="'missing' holds nothing"):
         runs.read("missing")

@@ -185,6 +185,23 @@ def test_each_part_is_measured_anew_by_name(wide_run, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.count("measuring") == 2  # neither file is of its form
 
 
+def test_a_measurement_is_not_replaced_by_one_of_fewer(wide_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "measure", lambda *_, **__: ({}, []))
+    stub([], monkeypatch)
+    run = shutil.copytree(wide_run, tmp_path / "run")
+    for before, fewer in (
+        ({}, {"num_prompts": 5}),
+        ({}, {"limit": 3}),
+        ({"limit": 0}, {"limit": 5}),
+    ):
+        before = {"tasks": "questions", "only": "tasks", "limit": 4, **before}
+        verdict.main(config_of(run, **before))
+        measured = read_tasks(run)
+        with pytest.raises(UserError, match=r"--\w+=\d; tasks.json in .* is of --\w+=\d; use that"):
+            verdict.main(config_of(run, **(before | fewer)))
+        assert read_tasks(run) == measured
+
+
 def test_a_set_that_does_not_fit_is_said_and_not_tried_again(wide_run, tmp_path, capsys):
     run = shutil.copytree(wide_run, tmp_path / "run")
     one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "check": {"kind": "one_word"}}])

@@ -52,7 +52,7 @@ START = {
         "beta2": 0.99,
         "warmup": 0.3,
         "weight_decay": 0.1,
-        "zero_init": True,
+        "zero_init": False,
     },
     "muon": {
         "learning_rate": 0.024,
@@ -244,14 +244,12 @@ def interval(values: list[float], form: str = ".3f") -> str:
 
 
 def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
-    """Of a contender's runs those of the settings best at the first seed, that seed first."""
-    ours = [run for run in runs if run["cell"]["optimizer"] == optimizer]
-    first = [run for run in ours if run["cell"]["seed"] == SEEDS[0]]
-    if not first:
-        return []
-    best = min(first, key=lambda run: final(run["curve"]))["cell"]
-    alike = [run for run in ours if {**run["cell"], "seed": SEEDS[0]} == best]
-    return sorted(alike, key=lambda run: run["cell"]["seed"])
+    """A contender's runs of the settings with the most seeds, of these the best at the first."""
+    made = {}
+    for run in sorted(runs, key=lambda run: run["cell"]["seed"]):
+        if run["cell"]["optimizer"] == optimizer:
+            made.setdefault(tuple(run["cell"][knob] for knob in KNOBS), []).append(run)
+    return min(made.values(), key=lambda runs: (-len(runs), final(runs[0]["curve"])), default=[])
 
 
 def costs(runs: list[dict], best: dict, knob: str) -> str:

@@ -23,7 +23,6 @@ warmup_steps = 1000
 beta1 = 0.8
 beta2 = 0.99
 weight_decay = 0.1
-zero_init = True
 
 dtype = "float16"
 gradient_checkpointing = False  # True takes less memory for about a third more time

@@ -14,7 +14,7 @@ CONFIG = recipe.RecipeConfig()
 
 def test_the_search_ends_where_no_value_beside_is_better():
     """A bowl whose bottom is far from the start, in rates and in values of a ladder alike."""
-    bottom = {**recipe.START["adamw"], "learning_rate": 0.024, "beta1": 0.95, "zero_init": False}
+    bottom = {**recipe.START["adamw"], "learning_rate": 0.024, "beta1": 0.95, "zero_init": True}
     bottom["embedding_learning_rate"] = 0.008
     tried = []
 
@@ -69,6 +69,7 @@ def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
             for seed, loss in zip(recipe.SEEDS, (3.0, 3.2, 3.1), strict=True)
         ),
         made("adamw", 4.0, 3.5, beta1=0.9),
+        made("adamw", 4.0, 2.9, warmup=0.1),  # lower, but by one seed alone
         *(made("muon", 3.1, 2.5, seed=seed) for seed in recipe.SEEDS),
         made("muon", 4.0, math.nan, learning_rate=0.096),
     ]
@@ -79,6 +80,7 @@ def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
     ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["beta1", "**0.8**, 0.9: +0.500", "**0.8**"] in rows
+    assert ["warmup", "0.1: -0.100, **0.3**", "**0.1**"] in rows
     assert ["learning_rate", "**0.006**", "**0.024**, 0.096: +inf"] in rows
     assert (tmp_path / "recipe_s_250.png").exists()
 

@@ -186,10 +186,12 @@ def stability(run: Run, events: Events) -> Judgement:
     listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in events._asdict().items()]
     remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
     steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
-    if not n_bad and (steps != list(range(wanted)) or wanted <= SpikeGuard.WINDOW):
+    is_whole = steps == list(range(wanted))
+    if not n_bad and (not is_whole or wanted <= SpikeGuard.WINDOW):
         said = f"all {wanted:,}" if wanted else "all, how many is not known"
         remark += f"; wanted {said}, and more than the {SpikeGuard.WINDOW} of a spike's window"
-        return judged(remark=remark, command=train_command(run))
+        # The same steps once more would be as few.
+        return judged(remark=remark, command="" if is_whole and steps else train_command(run))
     return judged(verdict=verdict(not n_bad), figure=n_bad, remark=remark)
 
 

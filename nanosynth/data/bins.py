@@ -259,7 +259,7 @@ def _sha256s(folder: Path, names: Iterable[str], *, always: bool) -> dict[str, s
     try:
         content = json.loads((folder / CHECKED).read_bytes())
         known = {name: [*looks, sha256] for name, (*looks, sha256) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         known = {}
     found = {}
     for name in names:

@@ -10,6 +10,7 @@ import pytest
 
 from hostile.scripts import complaints, run
 from nanosynth import checkpoint
+from nanosynth.data import bins
 from tiny import RUN, flags
 from verdict import runs
 
@@ -95,6 +96,13 @@ def test_metas_of_data(place, capfd):
         (train,) = readers(place / "data")
         found += complaints(*train, capfd, place)
     assert not found, "\n".join(found[:10])
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:4])
+def test_what_was_checked_of_data(place, text):
+    """A file that cannot be read means that all is checked again."""
+    write(place / "data" / bins.CHECKED, text)
+    bins.Split(str(place / "data"), "train")
 
 
 READ_A_RUN = {

@@ -157,10 +157,12 @@ def torchrun_lines(path) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", ["README.md", "docs/speed.md", "config/slurm.sh"])
 def test_torchrun_takes_the_commands_that_we_print(name):
-    lines = torchrun_lines(REPO / name)
+    lines, parser = torchrun_lines(REPO / name), get_args_parser()
     assert lines
+    if "--shutdown-timeout" not in parser.format_help():  # torch 2.11's: left out, as is said there
+        lines = [[part for part in line if "--shutdown-timeout" not in part] for line in lines]
     for line in lines:
-        found = get_args_parser().parse_args([part.replace("$SLURM_NNODES", "2") for part in line])
+        found = parser.parse_args([part.replace("$SLURM_NNODES", "2") for part in line])
         assert found.training_script.endswith(".py") and found.nproc_per_node == "8"
 
 

@@ -41,7 +41,7 @@ clients: $(VENV)/.development $(RUN_DIR)
 
 # The demo's model, but with a loss on every token: perplexity is compared over all of them.
 out/clients/run: | demo-data
-	$(RUN) train.py config/demo.py --loss_on=all --max_steps=300 --out_dir=$@
+	$(RUN) train.py config/demo.py --loss_on=all --max_steps=100 --out_dir=$@
 
 bench: $(VENV)/.benchmarks
 	$(BENCHMARKS).compare_training --nanogpt=$(NANOGPT)

@@ -14,6 +14,7 @@ from convert.nanogpt import NanoGPTConfig
 from convert.runs import HEAD, WTE
 from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, tokenizer
+from nanosynth.inference.generation import Sampling, generate
 from tiny import load_run, random_ids, train_run
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
@@ -42,6 +43,53 @@ def write_checkpoint(path: Path, prefix: str = "", **changes) -> GPT:
     }
     torch.save(content, path)
     return model
+
+
+def forward(tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of ids (tokens,), by nanoGPT's architecture."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = tensors.get(f"{name}.bias")
+        return x @ tensors[f"{name}.weight"].T + (0 if bias is None else bias)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        bias = tensors.get(f"{name}.bias")
+        return x * tensors[f"{name}.weight"] + (0 if bias is None else bias)
+
+    n_tokens = len(ids)
+    x = tensors[WTE][ids] + tensors["transformer.wpe.weight"][:n_tokens]
+    later = torch.ones(n_tokens, n_tokens).triu(1).bool()
+    for layer in range(SHAPE["n_layer"]):
+        at = f"transformer.h.{layer}"
+        qkv = linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").chunk(3, -1)
+        q, k, v = (part.view(n_tokens, SHAPE["n_head"], -1).transpose(0, 1) for part in qkv)
+        scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = x + linear(mixed, f"{at}.attn.c_proj")
+        hidden = linear(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
+        hidden = hidden * (1 + (hidden / 2**0.5).erf()) / 2  # the exact GELU
+        x = x + linear(hidden, f"{at}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ tensors[WTE].T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_greedy_tokens_are_those_of_the_architecture(tmp_path, bias):
+    tensors = write_checkpoint(tmp_path / "ckpt.pt", bias=bias).state_dict()
+    model = load_run(convert(tmp_path / "ckpt.pt", tmp_path / "run"))
+    ids = random_ids(1, 8, vocab_size=50257)[0]
+    greedy = Sampling(max_new_tokens=8, temperature=0.0)
+    [answer] = generate(model, [ids.tolist()], [0], greedy)
+    model.double()  # float32 sums differ by their order alone, by more than a wrong constant might
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    for id in answer:
+        wanted = forward(tensors, ids)[:, : tokenizer.N_IDS]
+        found = model(ids[None])[:, : tokenizer.N_IDS]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+        assert wanted[-1].argmax() == id
+        ids = torch.cat([ids, torch.tensor([id])])
+    assert len(answer) == 8 or answer[-1] in tokenizer.STOP_IDS
 
 
 def convert(source: Path, to: Path) -> Path:

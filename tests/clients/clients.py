@@ -148,11 +148,16 @@ def trl(folder: str, asked: dict) -> dict:
             use_cpu=True,
             bf16=False,
             report_to=[],
+            disable_tqdm=True,  # the last line of what it says is to be the error
             eos_token="<|im_end|>",
         ),
         train_dataset=datasets.Dataset.from_list(messages),
     )
     rows = list(trainer.train_dataset)
+    n_positions = trainer.model.config.n_positions
+    trainer.train_dataset = trainer.train_dataset.filter(
+        lambda row: len(row["input_ids"]) <= n_positions
+    )
     trainer.train()
     trainer.save_model()
     return {

@@ -1,5 +1,7 @@
 """One torch thread, and tiny prepared bins for the whole session."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ import prepare
 from tiny import chat_row, train_run, write_jsonl
 
 torch.set_num_threads(1)
+# nohup's SIG_IGN would be handed on to what the tests start, and a run heeds it; a handler is not.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -28,39 +28,33 @@ def load(
     """
     path = checkpoint.find(run, step)
     meta = checkpoint.read_meta(path)
-    config, tensors = checked(path, meta)
+    model = restored(path, meta)
     # Text is read and written with one tokenizer, so a model that lacks some of its ids is no use.
-    if config.vocab_size < tokenizer.N_IDS:
+    if model.config.vocab_size < tokenizer.N_IDS:
         wanted = f"{tokenizer.N_IDS} or more: GPT-2's tokens and the chat marks"
-        raise UserError(f"{path} has a vocabulary of {config.vocab_size}; wanted {wanted}")
-    model = GPT(config)
-    model.load_state_dict(tensors)
+        raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}; wanted {wanted}")
     model.to(device, dtype if cast else torch.float32).eval()
     speed_up_inference(model, dtype)
     return LoadedRun(model, path, meta)
 
 
-def checked(path: Path, meta: dict) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    """A step folder's shape and tensors; raises Damaged where the tensors are not of the shape,
-    before a model of any size is built.
+def restored(path: Path, meta: dict) -> GPT:
+    """The model of a step folder; raises Damaged where the tensors are not of the shape that its
+    meta.json tells, before a model of a forged size is built.
     """
     tensors = checkpoint.read_model(path, meta)
+    n_stored = sum(tensor.numel() for tensor in tensors.values())
     try:
         config = GPTConfig(**meta["identity"]["model"])
         if not 1 <= config.n_layer <= len(tensors):
             raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
-        with torch.device("meta"):  # sizes without memory
-            GPT(config).load_state_dict(tensors, assign=True)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        ArithmeticError,
-        AssertionError,
-    ) as error:
-        reason = one_line(str(error))[:200]
-        raise checkpoint.Damaged(
-            f"{path} does not hold the model of its meta.json: {reason}"
-        ) from None
-    return config, tensors
+        matrices = 12 * config.n_layer * config.n_embd**2  # of attention and MLP
+        n_wanted = matrices + config.n_embd * (config.vocab_size + config.block_size)
+        if n_wanted > n_stored:
+            raise ValueError(f"{n_wanted} weights wanted, {n_stored} there")
+        model = GPT(config)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as why:
+        reason = one_line(str(why))[:200]
+        raise checkpoint.Damaged(f"{path} is not of its meta.json's shape: {reason}") from None
+    return model

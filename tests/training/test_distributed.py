@@ -118,8 +118,7 @@ def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path, number):
+def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path):
     out_dir = tmp_path / "run"
     settings = {
         **RUN,
@@ -139,7 +138,7 @@ def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path, number):
     for line in process.stdout:
         if line.startswith("step      1/"):
             break
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     said = process.stdout.read()
     assert process.wait(timeout=60) == 0
     (stopped_at,) = checkpoint.steps(out_dir)

@@ -14,7 +14,10 @@ source=${SOURCE:-teknium/OpenHermes-2.5}
 sizes=${SIZES:-500m 1b} seeds=${SEEDS:-42} control=${CONTROL:-}
 read -ra train_flags <<<"${TRAIN:-}"
 read -ra verdict_flags <<<"${VERDICT:---tasks=local,lambada_openai,hellaswag,arc_easy,piqa,winogrande}"
-data=data/$(basename "$source") out=out/$(basename "$source")
+folder_name() { # SOURCE: a file's name without its ending, so that bins never lie in their source's place
+  basename "$1" | sed -E 's/\.(json|jsonl|ndjson|parquet|arrow|txt)(\.[a-z0-9]+)?$//'
+}
+data=data/$(folder_name "$source") out=out/$(folder_name "$source")
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 
 launch() { # SCRIPT FLAGS: a process on each GPU; `--` keeps torchrun from taking --run for its own
@@ -47,7 +50,7 @@ for size in $sizes; do # before hours are spent, and before the data is there by
 done
 prepare "$source" "$data"
 if [ -n "$control" ]; then # as much text, and no more of what may be the whole web
-  prepare "$control" "data/$(basename "$control")" --max_bytes="$(text_bytes "$data")"
+  prepare "$control" "data/$(folder_name "$control")" --max_bytes="$(text_bytes "$data")"
 fi
 
 for size in $sizes; do
@@ -60,7 +63,7 @@ for size in $sizes; do
   done
   if [ -n "$control" ]; then # of as many tokens, by as many steps
     steps=$(last_step "$out/$size-${seeds%% *}")
-    train "$out/$size-control" "$size" "data/$(basename "$control")" --max_steps=$((10#${steps#step_}))
+    train "$out/$size-control" "$size" "data/$(folder_name "$control")" --max_steps=$((10#${steps#step_}))
     run_flags+=(--control="$out/$size-control")
   fi
   python -m verdict "${run_flags[@]}" --output_dir="$out/$size" "${verdict_flags[@]}"

@@ -99,10 +99,10 @@ def test_seeds_sizes_gpus_and_a_control(experiment):
         calls.count("torchrun --standalone --nproc_per_node=2 -- eval_ppl.py --run=out/b/1b-43")
         == 1
     )
-    assert "prepare.py --source=web.jsonl --data_dir=data/web.jsonl --max_bytes=99" in calls
+    assert "prepare.py --source=web.jsonl --data_dir=data/web --max_bytes=99" in calls
     plan = "benchmarks.plan config/1b.py --data_dir=data/b --n_devices=2"
     assert f"{plan} --dtype=bfloat16 --epochs=2" in map(str.strip, calls)
-    control = "train.py config/1b.py --out_dir=out/b/1b-control --data_dir=data/web.jsonl"
+    control = "train.py config/1b.py --out_dir=out/b/1b-control --data_dir=data/web"
     assert f"{control} --dtype=bfloat16 --epochs=2 --max_steps=6" in calls
     verdicts = [call.strip() for call in calls if "verdict" in call]
     runs = "--run=out/b/1b-42 --run=out/b/1b-43 --control=out/b/1b-control"

@@ -15,7 +15,7 @@ from tiny import REPO, chat_row, read_metrics, write_jsonl
 
 STAGES = {  # what the log says when it is killed
     "in prepare.py": "prepare:",
-    "in training": "saved out/rows.jsonl/demo-42/step_000006",
+    "in training": "saved out/rows/demo-42/step_000006",
     "in the verdict": "measuring answers",
 }
 FLAGS = {
@@ -57,11 +57,11 @@ def start(folder: Path, log: Path) -> subprocess.Popen:
 
 def results(folder: Path) -> dict:
     """What two experiments have in common, however often they were killed."""
-    out = folder / "out" / "rows.jsonl"
+    out = folder / "out" / "rows"
     found = json.loads((out / "report.json").read_text())
     measured = [figure for figure in found["criteria"] if figure["criterion"] != "stability"]
     return {
-        "data": bins.read_meta(str(folder / "data" / "rows.jsonl"))["files"],
+        "data": bins.read_meta(str(folder / "data" / "rows"))["files"],
         "steps": rig.progress(read_metrics(out / "demo-42")),
         "criteria": [(figure["criterion"], figure["figure"]) for figure in measured],
         "answers": (out / "demo-42" / "task_generations.jsonl").read_text(),

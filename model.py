@@ -31,6 +31,12 @@ class GPTConfig:
     bias: bool = True  # in every Linear and LayerNorm, as GPT-2 has it
     activation: str = "gelu_tanh"  # one of GELUS
 
+    @property
+    def n_weights(self) -> int:
+        """Of the matrices and embeddings, which are nearly all parameters; nothing is built."""
+        matrices = 12 * self.n_layer * self.n_embd**2  # of attention and MLP
+        return matrices + self.n_embd * (self.vocab_size + self.block_size)
+
 
 KEY_STEP = 128  # keys of a cached attention are a multiple of it
 

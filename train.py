@@ -286,6 +286,9 @@ def train(
                 with Saver() as saver:
                     loop(run, log, stop, saver)
             else:
+                if world.is_main and not run.guard.n_skipped:
+                    # A kill may have cut short the deletions after the last save.
+                    checkpoint.prune(run.out_dir, config.keep_last)
                 finish(run, run.first_step, log, stopping=False, saved=True)
 
 

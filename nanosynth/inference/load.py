@@ -48,10 +48,8 @@ def restored(path: Path, meta: dict) -> GPT:
         config = GPTConfig(**meta["identity"]["model"])
         if not 1 <= config.n_layer <= len(tensors):
             raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
-        matrices = 12 * config.n_layer * config.n_embd**2  # of attention and MLP
-        n_wanted = matrices + config.n_embd * (config.vocab_size + config.block_size)
-        if n_wanted > n_stored:
-            raise ValueError(f"{n_wanted} weights wanted, {n_stored} there")
+        if config.n_weights > n_stored:
+            raise ValueError(f"{config.n_weights} weights wanted, {n_stored} there")
         model = GPT(config)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as why:

@@ -119,6 +119,7 @@ class Console:
     """
 
     def __init__(self):
+        self._stdout = sys.stdout  # as it is now: what is said late goes nowhere else
         self._bar = tqdm(disable=True)
         self._n_skipped = 0  # since this start
         self._evaluated = ""  # the last validation loss, beside the training loss
@@ -163,9 +164,9 @@ class Console:
 
     def _say(self, text: str) -> None:
         self._bar.clear()
-        line = f"{terminal.harmless(text)}\n".encode(sys.stdout.encoding, "backslashreplace")
+        line = f"{terminal.harmless(text)}\n".encode(self._stdout.encoding, "backslashreplace")
         while line:
-            line = line[os.write(sys.stdout.fileno(), line) :]
+            line = line[os.write(self._stdout.fileno(), line) :]
         self._bar.refresh()
 
     def _val(self, step: int, loss: float, seconds: float) -> None:

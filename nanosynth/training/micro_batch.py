@@ -16,14 +16,12 @@ MEMORY_SHARE = 0.92  # of a GPU's: the rest is for libraries and fragments
 
 def check_fits(shape: GPTConfig, device: torch.device) -> None:
     """Refuse a model that no memory holds, before it is built."""
-    matrices = 12 * shape.n_layer * shape.n_embd**2  # of attention and MLP
-    n_parameters = matrices + shape.n_embd * (shape.vocab_size + shape.block_size)
     # In float32: weights, gradients, and the optimizer's moments, of which Muon has one.
-    needed, there = 12 * n_parameters, total_memory(device)
+    needed, there = 12 * shape.n_weights, total_memory(device)
     if needed > there:
         raise UserError(
-            f"{n_parameters:,} parameters take more than {needed / 1e9:,.0f} GB to train, and the "
-            f"device ({device}) has {there / 1e9:,.0f}; use a smaller --n_layer or --n_embd"
+            f"{shape.n_weights:,} parameters take more than {needed / 1e9:,.0f} GB to train, and "
+            f"the device ({device}) has {there / 1e9:,.0f}; use a smaller --n_layer or --n_embd"
         )
 
 

@@ -43,7 +43,7 @@ def test_ratios_by_hand():
 def test_a_unit_is_timed_by_its_lines(fresh):
     slow, fast = toy("slow", TICKS.format(0.08)), toy("fast", TICKS.format(0.02))
     speeds, lines = take_turns(slow, fast, fresh=fresh)
-    assert all(40 < speed < 15 / 0.08 for speed in speeds["slow"])
+    assert all(40 < speed < 11 / 0.08 for speed in speeds["slow"])
     (ratio,) = alternate.pair_up(speeds, [("fast", "slow")])
     assert 1.5 < ratio.median < 5
     assert lines["slow"].startswith("step")
@@ -61,7 +61,7 @@ def test_a_contender_stands_still_between_its_turns():
 
 def test_a_contender_that_asks_works_when_asked():
     speeds, _ = take_turns(toy("a", ANSWERS.format(0.05), asks=True), n_untimed=1)
-    assert all(50 < speed <= 15 / 0.05 for speed in speeds["a"])
+    assert all(50 < speed <= 11 / 0.05 for speed in speeds["a"])
 
 
 def test_no_process_is_left():

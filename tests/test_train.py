@@ -262,6 +262,13 @@ def test_a_complete_run_is_left_alone(tiny_bins, run_dir, tmp_path, capfd):
     assert checkpoint.steps(out_dir) == checkpoint.steps(run_dir)
 
 
+def test_a_complete_run_makes_up_for_deletions_that_were_cut_short(tiny_bins, tmp_path):
+    train_run(tiny_bins, tmp_path, save_interval=2)
+    assert checkpoint.steps(tmp_path) == [2, 4, 6]  # as a kill leaves them before 2 is deleted
+    train_run(tiny_bins, tmp_path, save_interval=2, keep_last=2)
+    assert checkpoint.steps(tmp_path) == [4, 6]
+
+
 def test_device_hours_are_counted_to_the_end_and_over_a_resume(tiny_bins, tmp_path, capfd):
     """The report and the console say the same."""
     out_dir = tmp_path / "run"

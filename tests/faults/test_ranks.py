@@ -161,7 +161,7 @@ def test_one_rank_raises(where, rank, work, fault_bins, pair, tally, campaign):
     row = tally(f"one rank raises in {where}")
     order = tally(f"one rank raises in {where}: the first error is the last in the log")
     run = Run(fault_bins, work / "run", n_ranks=2)
-    by_torchrun = campaign or where == "save"
+    by_torchrun = campaign or where in ("forward", "save")
     has_failed, seconds = end_after_raise(
         run, f"{where}:{rank}:7:9", work / "raised", by_torchrun=by_torchrun
     )

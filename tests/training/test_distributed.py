@@ -116,7 +116,8 @@ def test_uneven_accumulation_is_refused():
         train.check_divides(config, 2)
 
 
-def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path, number):
     out_dir = tmp_path / "run"
     settings = {
         **RUN,
@@ -136,7 +137,7 @@ def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path):
     for line in process.stdout:
         if line.startswith("step      1/"):
             break
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.stdout.read()
     assert process.wait(timeout=60) == 0
     (stopped_at,) = checkpoint.steps(out_dir)

@@ -21,7 +21,7 @@ TRIALS = {
     "one bit flipped": (300, 10_000),
     "SIGTERM, SIGINT or SIGUSR1 to a rank or to torchrun": (1, 50),
     "SIGKILL of one rank under torchrun --max-restarts": (1, 40),
-    "SIGKILL of torchrun": (0, 5),
+    "SIGKILL of torchrun": (1, 5),
     "SIGKILL of one node's torchrun, of two": (0, 6),
     "console lost": (3, 30),
     "SIGHUP: the terminal goes away": (1, 20),

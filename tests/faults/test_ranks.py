@@ -91,9 +91,7 @@ def test_killed_rank_is_restarted(work, fault_bins, pair, tally):
     row.check()
 
 
-def test_killed_launcher(work, fault_bins, pair, tally, campaign):
-    if not campaign:
-        pytest.skip("a quarter of a minute: in the campaign alone")
+def test_killed_launcher(work, fault_bins, pair, tally):
     row = tally("SIGKILL of torchrun")
     for number in range(row.wanted):
         run = Run(fault_bins, work / str(number), n_ranks=2)

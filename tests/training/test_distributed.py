@@ -109,11 +109,13 @@ def test_two_processes_equal_one(tiny_bins, tmp_path, optimizer, launch):
     assert said.count("parameters, 6 steps") == 1  # rank 0 alone speaks
 
 
-def test_uneven_accumulation_is_refused():
-    config = train.TrainConfig(rows_per_step=6, micro_batch_size=RUN["micro_batch_size"])
-    wanted = "6 rows a step do not divide over 2 GPUs.*--rows_per_step=4 or --rows_per_step=8"
-    with pytest.raises(UserError, match=wanted):
-        train.check_divides(config, 2)
+def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
+    settings = {**RUN, "rows_per_step": 6, "data_dir": tiny_bins, "out_dir": tmp_path}
+    done = torchrun(2, "train.py", *flags(**settings))
+    assert done.returncode != 0
+    assert "6 rows a step do not divide over 2 GPUs" in done.stderr
+    assert "--rows_per_step=4 or --rows_per_step=8" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -104,12 +104,15 @@ def is_one_seed(judged: Judgement) -> bool:
     return judged.criterion == "reproducibility" and len(judged.runs) == 1
 
 
+def verdict_of(judged: Judgement) -> str:
+    return SECOND_SEED if is_one_seed(judged) else judged.verdict
+
+
 def criteria_table(judgements: list[Judgement]) -> Table:
     rows = [["criterion", "run", "threshold", "figure", "95% interval", "verdict"]]
     for judged in judgements:
         threshold, interval = criteria.THRESHOLDS[judged.criterion], interval_text(judged.interval)
-        verdict = SECOND_SEED if is_one_seed(judged) else judged.verdict
-        facts = [threshold, shown(judged.figure), interval, verdict]
+        facts = [threshold, shown(judged.figure), interval, verdict_of(judged)]
         rows.append([judged.criterion, ", ".join(judged.runs), *facts])
     return Table(rows, left=(0, 1, 2, 5))
 
@@ -331,6 +334,7 @@ def templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     found.filters |= {"shown": shown, "interval": interval_text, "signed": control.signed}
+    found.filters |= {"verdict": verdict_of}
     found.filters |= {"finding": finding, "said": said, "markdown": markdown_table}
     found.filters["code"] = lambda text: Markup(f"`{one_line(text).replace('`', chr(39))}`")
     found.filters["indented"] = lambda text: Markup(

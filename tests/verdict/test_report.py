@@ -416,7 +416,8 @@ def test_perplexity_by_source_is_a_table_and_a_picture(tmp_path):
     assert f"## Perplexity of {path} by source" in text and "](sources.png)" in text
     assert "| meta\\|math $x$ |" in text
     assert (tmp_path / "report" / "sources.png").read_bytes().startswith(b"\x89PNG")
-    assert "by source" in (tmp_path / "report" / "report.html").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "by source" in page and ">needs a second seed</span>" in page
     report.write([runs.Run(path="y")], tmp_path / "other", 5)
     assert "sources.png" not in (tmp_path / "other" / "report.md").read_text()
     assert not (tmp_path / "other" / "sources.png").exists()

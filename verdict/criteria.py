@@ -16,6 +16,7 @@ from verdict import quality
 from verdict.runs import Run, numbers
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
+SECOND_SEED = "needs a second seed"
 MAX_PERPLEXITY = 20.0
 MIN_COHERENT = 0.9
 SPIKE_SIGMAS = 8.0  # train.py's default; fixed here, so that a run's setting can't soften it
@@ -109,6 +110,15 @@ class Judgement:
     beside: dict[str, float] = field(default_factory=dict)  # what else stands on its scale
     remark: str = ""  # what the figure rests on, or why there is none
     command: str = ""  # what would measure it, where it is not measured
+
+    @property
+    def is_one_seed(self) -> bool:
+        """Whether its question, how well seeds agree, is not asked yet."""
+        return self.criterion == "reproducibility" and len(self.runs) == 1
+
+    @property
+    def in_words(self) -> str:
+        return SECOND_SEED if self.is_one_seed else self.verdict
 
 
 def judge(recipe: list[Run], events: dict[str, Events]) -> list[Judgement]:

@@ -53,8 +53,10 @@ def _write(figure: Figure, path: Path) -> None:
     write_atomically(path, png.getvalue())
 
 
-def draw_labels(labels: dict[str, list[tuple[str, dict, int]]], path: Path) -> None:
-    """Bars of the perplexity by source and category, with their intervals; replaces `path`."""
+def draw_labels(labels: dict[str, list[tuple]], path: Path) -> None:
+    """Bars of the perplexity by source and category, with their intervals; replaces `path`.
+    `labels` as of `figures.by_label`.
+    """
     with rc_context(PLAIN):
         n_bars = max(map(len, labels.values()))
         size = (6 * len(labels) + 1, 1.2 + 0.28 * n_bars)
@@ -62,10 +64,10 @@ def draw_labels(labels: dict[str, list[tuple[str, dict, int]]], path: Path) -> N
         for axis, (use, parts) in zip(
             figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True
         ):
-            names, values = [name for name, _, _ in parts], [of["perplexity"] for _, of, _ in parts]
+            names, values, intervals, *_ = zip(*parts, strict=True)
             axis.barh(range(len(parts)), values, color="C0", alpha=0.8)
-            for place, (_, of, _) in enumerate(parts):
-                axis.plot(of["perplexity_95"], [place] * len(of["perplexity_95"]), color="black")
+            for place, interval in enumerate(intervals):
+                axis.plot(interval, [place] * len(interval), color="black")
             axis.set_yticks(range(len(parts)), names)
             axis.set_ylim(n_bars - 0.5, -0.5)
             axis.set_xlim(left=0)

@@ -101,16 +101,19 @@ def by_position(run: Run) -> list[tuple[str, float, int]]:
     ]
 
 
-def by_label(run: Run) -> dict[str, list[tuple[str, dict, int]]]:
-    """By 'source' and 'category', where there are several: (name, figures, documents) of each, over
-    the tokens that training had for targets.
+def by_label(run: Run) -> dict[str, list[tuple]]:
+    """By 'source' and 'category', where there are several: (name, perplexity, its interval, bits a
+    byte, tokens, documents) of each, over the tokens that training had for targets.
     """
     kind = "assistant" if run.perplexity.get("loss_on") == "assistant" else "all"
     found = {}
     for use in ("source", "category"):
-        parts = run.perplexity.get(f"by_{use}", {}).items()
-        rows = [(one_line(name)[:40], part.get(kind), part["documents"]) for name, part in parts]
-        rows = [row for row in rows if row[1] and KINDS["number"](row[1]["perplexity"])]
+        rows = []
+        for name, part in run.perplexity.get(f"by_{use}", {}).items():
+            of = part.get(kind, {})
+            if KINDS["number"](of.get("perplexity")):
+                facts = [of[key] for key in ("perplexity", "perplexity_95", "bits_per_byte")]
+                rows.append((one_line(name)[:40], *facts, of["tokens"], part["documents"]))
         if len(rows) > 1:
             found[use] = rows
     return found
@@ -119,17 +122,15 @@ def by_label(run: Run) -> dict[str, list[tuple[str, dict, int]]]:
 HOW_MEASURED = ("n", "left_out", "distinct_counts", "compression_bytes")  # no figures
 
 
-def leaves(tree: dict) -> Iterator[tuple[str, object]]:
+def leaves(tree: dict) -> Iterator[tuple[str, float | None]]:
     """(name, value) of each figure of eval_ppl.json or of a mode of tasks.json; of a share the
-    share alone.
+    share alone, and None where there is no number.
     """
     for key, value in tree.items():
         if key in HOW_MEASURED:
             continue
-        name = key.replace("_", " ")
         value = value.get("share", value) if isinstance(value, dict) else value
-        if isinstance(value, dict):
-            for part, figure in value.items():
-                yield part.replace("_", " ") if key == "parts" else f"{name}-{part}", figure
-        else:
-            yield name, value
+        of_parts = value if isinstance(value, dict) else {"": value}
+        for part, figure in of_parts.items():
+            name = part if key == "parts" else "-".join(filter(None, (key, part)))
+            yield name.replace("_", " "), figure if KINDS["number"](figure) else None

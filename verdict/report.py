@@ -7,6 +7,7 @@ The facts are gathered once; templates/ arranges them for a browser and as Markd
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +22,15 @@ from nanosynth.files import write_atomically
 from nanosynth.table import table
 from nanosynth.terminal import harmless, one_line
 from verdict import control, criteria, curves, quality
-from verdict.criteria import FAIL, GPU_HOURS, NOT_MEASURED, PASS, Events, Judgement
+from verdict.criteria import (
+    FAIL,
+    GPU_HOURS,
+    NOT_MEASURED,
+    PASS,
+    SECOND_SEED,
+    Events,
+    Judgement,
+)
 from verdict.figures import answers, by_label, by_position, figures, leaves, loss_at
 from verdict.runs import Run
 from verdict.schemas import KINDS
@@ -41,11 +50,6 @@ LIMITS = (
     "Losses compare only at equal data, loss_on, block_size and eval_rows, and a difference below "
     "the spread over seeds is none.",
 )
-RULE_OF_CHOICE = (
-    "The first {} answers that are coherent and that fail each part of the rule, to different "
-    "prompts and in the order of the file: held-out prompts, sampled, the first sample of each, "
-    "where it has several. What fails several parts stands at the first of them."
-)
 ABOUT_CONTROL = (
     "A difference is the run's less the control's; fewer bits are better. Its interval resamples "
     "the documents, questions or prompts that both had. One in twenty would look larger than its "
@@ -55,20 +59,24 @@ MOST_ANSWERS = 5000  # of a run in report.html; a browser searches so many at on
 
 
 class Table(NamedTuple):
-    """Rows of cells, the first the head; `left` are the columns of text."""
+    """Rows of values, the first the head; `left` are the columns of text."""
 
-    rows: list[list[str]]
+    rows: list[Sequence]
     left: tuple[int, ...] = (0,)
 
+    def cells(self) -> list[list[str]]:
+        return [list(map(shown, row)) for row in self.rows]
 
-def shown(value: float | None) -> str:
+
+def shown(value: str | float | list[float] | None) -> str:
+    """A number in four digits, of an interval both ends, - for what there is none of."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " to ".join(map(shown, value)) or "-"
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def interval_text(ends: list[float] | None) -> str:
-    return " to ".join(map(shown, ends or ())) or "-"
 
 
 # How a criterion's figure stands in the headline.
@@ -82,7 +90,7 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
         of = [judged for judged in judgements if judged.criterion == name]
         verdict = min((judged.verdict for judged in of), key=(FAIL, NOT_MEASURED, PASS).index)
         if verdict == NOT_MEASURED:
-            missing.append(f"{name} {SECOND_SEED if is_one_seed(of[0]) else 'is not measured'}")
+            missing.append(f"{name} {SECOND_SEED if of[0].is_one_seed else 'is not measured'}")
             continue
         values = [judged.figure for judged in of if judged.figure is not None]
         ends = (min(values), max(values)) if values else ()  # of a run that diverged there is none
@@ -96,57 +104,65 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
     return ": ".join([", ".join(run.path for run in recipe), *answer, said])
 
 
-SECOND_SEED = "needs a second seed"
-
-
-def is_one_seed(judged: Judgement) -> bool:
-    """Whether its question, how well seeds agree, is not asked yet."""
-    return judged.criterion == "reproducibility" and len(judged.runs) == 1
-
-
-def verdict_of(judged: Judgement) -> str:
-    return SECOND_SEED if is_one_seed(judged) else judged.verdict
-
-
 def criteria_table(judgements: list[Judgement]) -> Table:
     rows = [["criterion", "run", "threshold", "figure", "95% interval", "verdict"]]
     for judged in judgements:
-        threshold, interval = criteria.THRESHOLDS[judged.criterion], interval_text(judged.interval)
-        facts = [threshold, shown(judged.figure), interval, verdict_of(judged)]
-        rows.append([judged.criterion, ", ".join(judged.runs), *facts])
+        asked = [judged.criterion, ", ".join(judged.runs), criteria.THRESHOLDS[judged.criterion]]
+        rows.append([*asked, judged.figure, judged.interval, judged.in_words])
     return Table(rows, left=(0, 1, 2, 5))
 
 
-def figures_tables(recipes: list[list[Run]]) -> tuple[Table, dict[str, Table], dict]:
-    """Every figure of every run side by side, its spread over the seeds of a recipe by their names,
-    and both as values.
-    """
-    runs = [run for recipe in recipes for run in recipe]
-    by_run = {run.path: figures(run) for run in runs}
-    evaluated = [loss_at(run) for run in runs]  # losses by tokens seen
+def beside(columns: dict[str, dict]) -> Table:
+    """Figures by name, a column for each of `columns`."""
+    names = dict.fromkeys(name for values in columns.values() for name in values)
+    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
+    return Table([["figure", *columns], *rows])
+
+
+def figures_by_run(runs: list[Run]) -> dict[str, dict[str, float]]:
+    """Every figure of every run; of several, the loss at the most tokens that all have seen too."""
+    by_run, evaluated = {run.path: figures(run) for run in runs}, [loss_at(run) for run in runs]
     tokens = max(set.intersection(*map(set, evaluated)), default=None)
     if len(runs) > 1 and tokens is not None:
         for run, losses in zip(runs, evaluated, strict=True):
             by_run[run.path][f"validation loss at {tokens:,} tokens"] = losses[tokens]
-    names = dict.fromkeys(name for values in by_run.values() for name in values)
-    if len(runs) == 1:  # its answers have a table of their own
-        names = [name for name in names if name.partition(": ")[0] not in answers(runs[0])]
-    rows = [["figure", *by_run]]
+    return by_run
+
+
+def figures_table(runs: list[Run], by_run: dict[str, dict[str, float]]) -> Table:
+    """Every figure of every run side by side, below the settings in which the runs differ."""
+    columns: dict[str, dict] = {run.path: {} for run in runs}
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = [str(run.settings.get(name, "-")) for run in runs]
-        rows += [[f"--{name}", *values]] if len(set(values)) > 1 else []  # where the recipes differ
-    rows += [[name, *(shown(values.get(name)) for values in by_run.values())] for name in names]
-    tables, spread = {}, {}
+        values = {run.path: str(run.settings.get(name, "-")) for run in runs}
+        if len(set(values.values())) > 1:
+            for path, value in values.items():
+                columns[path][f"--{name}"] = value
+    # The answers of a run that is alone have a table of their own.
+    apart = answers(runs[0]) if len(runs) == 1 else ()
+    for path, values in by_run.items():
+        columns[path] |= {n: v for n, v in values.items() if n.partition(": ")[0] not in apart}
+    return beside(columns)
+
+
+def spread_over_seeds(
+    recipes: list[list[Run]], by_run: dict[str, dict[str, float]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By the names of the finished seeds of a recipe: how each figure that all have is spread."""
+    spread = {}
     for recipe in recipes:
         seeds = {run.path: by_run[run.path] for run in recipe if run.finished}
         if len(seeds) > 1:
-            key = ", ".join(seeds)
-            shared = [name for name in names if all(name in values for values in seeds.values())]
-            spread[key] = {n: spread_of([values[n] for values in seeds.values()]) for n in shared}
-            tables[key] = Table([["figure", "mean", "standard deviation", "lowest", "highest"]])
-            for name, values in spread[key].items():
-                tables[key].rows.append([name, *map(shown, values.values())])
-    return Table(rows), tables, {"by_run": by_run, "spread": spread}
+            first, *others = seeds.values()
+            shared = [name for name in first if all(name in values for values in others)]
+            spread[", ".join(seeds)] = {
+                name: spread_of([values[name] for values in seeds.values()]) for name in shared
+            }
+    return spread
+
+
+def spread_table(spread: dict[str, dict[str, float]]) -> Table:
+    rows = [[name, *values.values()] for name, values in spread.items()]
+    return Table([["figure", "mean", "standard deviation", "lowest", "highest"], *rows])
 
 
 def spread_of(values: list[float]) -> dict[str, float]:
@@ -154,48 +170,31 @@ def spread_of(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "stdev": stdev(values), "lowest": min(values), "highest": max(values)}
 
 
-def answers_table(run: Run) -> Table | None:
+def answers_table(run: Run) -> Table:
     """What was measured on answers, a column for each set of prompts and way of answering."""
-    columns = answers(run)
-    intervals = [interval_text(mode["coherent"]["interval"]) for mode in columns.values()]
-    by_column = [dict(leaves(mode)) for mode in columns.values()]
-    rows = [
-        ["figure", *columns],
-        ["answers", *(f"{m['coherent']['n']:,}" for m in columns.values())],
-    ]
-    for name in dict.fromkeys(name for values in by_column for name in values):
-        values = [values.get(name) for values in by_column]
-        rows.append([name, *(shown(v if KINDS["number"](v) else None) for v in values)])
-        if name == "coherent":
-            rows.append(["coherent, 95% interval", *intervals])
-    return Table(rows) if columns else None
+    columns = {}
+    for name, mode in answers(run).items():
+        coherent = mode["coherent"]
+        columns[name] = {"answers": coherent["n"], "coherent": coherent["share"]}
+        columns[name] |= {"coherent, 95% interval": coherent["interval"], **dict(leaves(mode))}
+    return beside(columns)
 
 
-def position_table(run: Run) -> Table | None:
-    rows = [["tokens of context", "perplexity", "tokens"]]
-    rows += [[before, shown(figure), f"{n:,}"] for before, figure, n in by_position(run)]
-    return Table(rows) if len(rows) > 1 else None
+def position_table(run: Run) -> Table:
+    return Table([["tokens of context", "perplexity", "tokens"], *by_position(run)])
 
 
-def label_tables(run: Run) -> dict[str, Table]:
-    """By 'source' and 'category': which part of the data the run has learnt."""
-    tables = {}
-    for use, parts in by_label(run).items():
-        rows = [[use, "perplexity", "95% interval", "bits a byte", "tokens", "documents"]]
-        for name, scored, documents in parts:
-            cells = [shown(scored["perplexity"]), interval_text(scored["perplexity_95"])]
-            cells += [shown(scored["bits_per_byte"]), f"{scored['tokens']:,}", f"{documents:,}"]
-            rows.append([name, *cells])
-        tables[use] = Table(rows)
-    return tables
+def label_table(use: str, rows: list[tuple]) -> Table:
+    """By 'source' or 'category': which part of the data the run has learnt."""
+    head = [use, "perplexity", "95% interval", "bits a byte", "tokens", "documents"]
+    return Table([head, *rows])
 
 
 def control_table(run: Run) -> Table:
     rows = [["figure", "of", run.path, "the control", "difference", "95% interval", "n"]]
-    for found in run.control.get("differences", ()):
-        values = [shown(found["run"]), shown(found["control"]), control.signed(found["difference"])]
-        values += [interval_text(found["interval"]), f"{found['n']:,}"]
-        rows.append([found["what"], found["of"], *values])
+    for found in run.control["differences"]:
+        values = [found["run"], found["control"], control.signed(found["difference"])]
+        rows.append([found["what"], found["of"], *values, found["interval"], found["n"]])
     return Table(rows, left=(0, 1))
 
 
@@ -223,30 +222,28 @@ def zero_shot(run: Run) -> list[dict]:
     return found
 
 
-def tasks_table(run: Run) -> Table | None:
+def tasks_table(run: Run) -> Table:
     rows = [["task", "metric", "model", "score", "standard error", "source"]]
     for scored in zero_shot(run):
-        named = [scored["task"], scored["metric"]]
-        own = [shown(scored["score"]), shown(scored["stderr"]), f"n = {scored['n']:,}"]
-        rows.append([*named, run.path, *own])
-        rows.append([*named, "chance", shown(scored["chance"]), "-", "-"])
+        task, metric = scored["task"], scored["metric"]
+        n = f"n = {scored['n']:,}"
+        rows.append([task, metric, run.path, scored["score"], scored["stderr"], n])
+        rows.append([task, metric, "chance", scored["chance"], None, None])
         for other in scored["others"]:
-            theirs = [other["model"], shown(other["score"]), "-", other["source"]]
-            rows.append([scored["task"], other.get("metric", "-"), *theirs])
-    return Table(rows, left=(0, 1, 2, 5)) if len(rows) > 1 else None
+            theirs = [other["model"], other["score"], None, other["source"]]
+            rows.append([task, other.get("metric"), *theirs])
+    return Table(rows, left=(0, 1, 2, 5))
 
 
 def finding(sample: dict) -> list[str]:
     """What the coherence rule says of an answer: 'coherent', or the parts that failed."""
     if "coherent" not in sample:
         return ["not judged"]
-    failed = [part for part in quality.PARTS if sample.get(part) is False]
+    failed = [FAILED[part] for part in quality.PARTS if sample.get(part) is False]
     return failed or ["coherent" if sample["coherent"] else "not coherent"]
 
 
-def said(found: str) -> str:
-    """A finding in words."""
-    return f"failed: {found.replace('_', ' ')}" if found in quality.PARTS else found
+FAILED = {part: f"failed: {part.replace('_', ' ')}" for part in quality.PARTS}
 
 
 def chosen_samples(run: Run, count: int) -> dict[str, list[dict]]:
@@ -262,85 +259,27 @@ def chosen_samples(run: Run, count: int) -> dict[str, list[dict]]:
         group = groups.setdefault(finding(sample)[0], {})
         if len(group) < count:
             group.setdefault(sample["prompt"], sample)
-    order = ["coherent", *quality.PARTS, "not coherent", "not judged"]
+    order = ["coherent", *FAILED.values(), "not coherent", "not judged"]
     return {name: list(groups[name].values()) for name in order if groups.get(name)}
 
 
-def filters(samples: list[dict]) -> dict[str, list[str]]:
-    """The values that the list of answers can be filtered by."""
-    by = {"set": [], "mode": [], "finding": []}
-    for sample in samples:
-        for name in ("set", "mode"):
-            by[name] += [str(sample[name])] if name in sample else []
-        by["finding"] += finding(sample)
-    return {name: sorted(set(values)) for name, values in by.items() if len(set(values)) > 1}
-
-
 def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
-    """All that the templates show."""
+    """What the templates show, beside what they make of a run by filters."""
     recipes = criteria.recipes(runs)
     judged = [criteria.judge(recipe, events) for recipe in recipes]
-    every = [judgement for judgements in judged for judgement in judgements]
-    side_by_side, spread, values = figures_tables(recipes)
+    by_run = figures_by_run([run for recipe in recipes for run in recipe])
     return {
+        "runs": runs,
         "headlines": [headline(*pair) for pair in zip(judged, recipes, strict=True)],
-        "judged": every,
-        "criteria": criteria_table(every),
-        "thresholds": criteria.THRESHOLDS,
-        "scales": criteria.SCALES,
-        "how": criteria.HOW,
+        "judged": [judgement for judgements in judged for judgement in judgements],
         "notes": [note for run in runs for note in run.notes],
-        "figures": side_by_side,
-        "spread": spread,
-        "values": values,
-        "rule_of_choice": RULE_OF_CHOICE.format(n_samples),
-        "runs": [
-            {
-                "path": run.path,
-                "control": run.control,
-                "compared": control.sentence(run.control) if run.control else "",
-                "control_table": control_table(run),
-                "position": position_table(run),
-                "positions": by_position(run),
-                "by_label": label_tables(run),
-                "labels": by_label(run),
-                "labels_file": "sources.png" if number == 1 else f"sources_{number}.png",
-                "answers": answers_table(run),
-                "tasks": tasks_table(run),
-                "zero_shot": zero_shot(run),
-                "made": made_lines(run),
-                "samples_file": run.samples_file,
-                "chosen": chosen_samples(run, n_samples),
-                "samples": run.samples[:MOST_ANSWERS],
-                "n_samples": len(run.samples),
-            }
-            for number, run in enumerate(runs, 1)
-        ],
-        "filters": filters([sample for run in runs for sample in run.samples[:MOST_ANSWERS]]),
+        "by_run": by_run,
+        "spread": spread_over_seeds(recipes, by_run),
+        "n_samples": n_samples,
+        "most_answers": MOST_ANSWERS,
         "about_control": ABOUT_CONTROL,
         "limits": LIMITS,
     }
-
-
-@functools.cache
-def templates() -> jinja2.Environment:
-    """What comes into HTML is escaped."""
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found.filters |= {"shown": shown, "interval": interval_text, "signed": control.signed}
-    found.filters |= {"verdict": verdict_of}
-    found.filters |= {"finding": finding, "said": said, "markdown": markdown_table}
-    found.filters["code"] = lambda text: Markup(f"`{one_line(text).replace('`', chr(39))}`")
-    found.filters["indented"] = lambda text: Markup(
-        indent(harmless(text), "    ", lambda line: True)
-    )
-    return found
 
 
 def in_markdown(value: object) -> object:
@@ -350,15 +289,47 @@ def in_markdown(value: object) -> object:
     return re.sub(r"<(?=[\w/!?])", "&lt;", one_line(value).replace("`", "'"))
 
 
-def markdown_table(found: Table) -> Markup:
-    rows = [list(map(in_markdown, row)) for row in found.rows]
+def markdown(found: Table) -> Markup:
+    rows = [list(map(in_markdown, row)) for row in found.cells()]
     return Markup(table(rows, left=found.left, markdown=True))
 
 
-def render(name: str, facts: dict) -> str:
+def labels_file(number: int) -> str:
+    """The picture of a run's perplexity by source; runs are numbered from 1."""
+    return "sources.png" if number == 1 else f"sources_{number}.png"
+
+
+def code(text: str) -> Markup:
+    return Markup(f"`{one_line(text).replace('`', chr(39))}`")
+
+
+def indented(text: str) -> Markup:
+    return Markup(indent(harmless(text), "    ", lambda line: True))
+
+
+FILTERS = (
+    *(code, indented, labels_file, markdown, shown),
+    *(answers, by_label, by_position, chosen_samples, finding, made_lines, zero_shot),
+    *(answers_table, control_table, criteria_table, figures_table, label_table, position_table),
+    *(spread_table, tasks_table),
+)
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """One of templates/. What comes into HTML is escaped."""
     is_markdown = name.endswith(".md")
-    found = templates().overlay(finalize=in_markdown) if is_markdown else templates()
-    return found.get_template(name).render(facts)
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=not is_markdown,
+        finalize=in_markdown if is_markdown else None,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {function.__name__: function for function in FILTERS}
+    return found.get_template(name, globals={"criteria": criteria, "control": control})
 
 
 def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:
@@ -369,7 +340,7 @@ def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:
         "headlines": facts["headlines"],
         "criteria": [asdict(j) | {"threshold": thresholds[j.criterion]} for j in facts["judged"]],
         "how": criteria.HOW,
-        "figures": facts["values"],
+        "figures": {"by_run": facts["by_run"], "spread": facts["spread"]},
         "events": {path: found._asdict() for path, found in events.items()},
         "runs": {run.path: {"config": run.config, "data": run.data} for run in runs},
         "notes": facts["notes"],
@@ -382,18 +353,19 @@ def write(runs: list[Run], folder: Path, n_samples: int) -> str:
     events = {run.path: criteria.find_events(run.train) for run in runs}
     facts = gather(runs, events, n_samples)
     found = json.dumps(summary(facts, runs, events), indent=2)
-    page = render("report.html", facts | {"pictures": curves.as_svg(runs, events)})
+    page = template("report.html").render(facts, pictures=curves.as_svg(runs, events))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.html", page)
-        write_atomically(folder / "report.md", render("report.md", facts))
+        write_atomically(folder / "report.md", template("report.md").render(facts))
         write_atomically(folder / "report.json", found)
         curves.draw(runs, events, folder / "curves.png")
-        for run in facts["runs"]:
-            if run["labels"]:
-                curves.draw_labels(run["labels"], folder / run["labels_file"])
+        for number, run in enumerate(runs, 1):
+            if labels := by_label(run):
+                curves.draw_labels(labels, folder / labels_file(number))
     except OSError as error:
         raise UserError(f"cannot write the report: {error}; use another --output_dir") from error
-    rows, left = facts["criteria"]
+    criteria_rows = criteria_table(facts["judged"])
+    in_short = table(criteria_rows.cells(), left=criteria_rows.left)
     written = f"written: {folder / 'report.html'}, report.md, report.json, curves.png"
-    return "\n".join([*facts["headlines"], "", table(rows, left=left), "", written])
+    return "\n".join([*facts["headlines"], "", in_short, "", written])

@@ -65,9 +65,9 @@ def test_it_renders_whole_without_complaint(page):
     [
         ({"mode": "greedy"}, "", ["answer 1"]),
         ({"finding": "coherent"}, "", ["answer 0", "answer 1", "answer 2"]),
-        ({"finding": "no_loop"}, "", ["LOOPS"]),
-        ({"finding": "ends"}, "loops", ["LOOPS"]),
-        ({"finding": "ends", "mode": "greedy"}, "", []),
+        ({"finding": "failed: no loop"}, "", ["LOOPS"]),
+        ({"finding": "failed: ends"}, "loops", ["LOOPS"]),
+        ({"finding": "failed: ends", "mode": "greedy"}, "", []),
         ({}, "Answer 2", ["answer 2"]),
     ],
     ids=str,

@@ -85,8 +85,8 @@ def compose(*folders: object, page: bool = True) -> tuple[str, dict]:
     events = {run.path: criteria.find_events(run.train) for run in loaded}
     facts = report.gather(loaded, events, n_samples=5)
     if page:
-        assert report.render("report.html", facts | {"pictures": ["<svg></svg>"]})
-    return report.render("report.md", facts), report.summary(facts, loaded, events)
+        assert report.template("report.html").render(facts, pictures=["<svg></svg>"])
+    return report.template("report.md").render(facts), report.summary(facts, loaded, events)
 
 
 def verdicts(found: dict) -> dict[str, str]:
@@ -386,9 +386,8 @@ def test_perplexity_by_position_in_the_context():
         {"before": [2, 2], "loss": math.nan, "tokens": 1},
     ]
     run = runs.Run(path="x", perplexity=perplexity_of(9.0, by_position=parts))
-    rows = report.position_table(run).rows
+    rows = report.position_table(run).cells()
     assert rows[1:] == [["1", "50", "7"], ["1,025 to 2,048", "9", "1,400"]]
-    assert report.position_table(runs.Run(path="y")) is None
 
 
 def labelled() -> dict:
@@ -405,11 +404,11 @@ def labelled() -> dict:
 def test_perplexity_by_source_is_a_table_and_a_picture(tmp_path):
     scored = perplexity_of(9.0, loss_on="assistant", **labelled())
     path = write_run(tmp_path / "run", eval_ppl=scored)
-    tables = report.label_tables(runs.read(path))
-    assert list(tables) == ["source"]  # of one category there is nothing to compare
-    assert [row[:2] + row[-1:] for row in tables["source"].rows[1:]] == [
-        ["meta|math $x$", "3.5", "1,200"],
-        ["airoboros", "7.25", "80"],
+    labels = figures.by_label(runs.read(path))
+    assert list(labels) == ["source"]  # of one category there is nothing to compare
+    assert [row[:2] + row[-1:] for row in labels["source"]] == [
+        ("meta|math $x$", 3.5, 1200),
+        ("airoboros", 7.25, 80),
     ]
     report.write([runs.read(path)], tmp_path / "report", 5)
     text = (tmp_path / "report" / "report.md").read_text()
@@ -484,8 +483,8 @@ def test_samples_are_chosen_by_what_was_found():
     chosen = report.chosen_samples(runs.Run(path="x", samples=lines), 2)
     assert {name: [s["text"] for s in samples] for name, samples in chosen.items()} == {
         "coherent": ["first 0", "good 0"],
-        "ends": ["loops and does not end"],
-        "no_loop": ["loops"],
+        "failed: ends": ["loops and does not end"],
+        "failed: no loop": ["loops"],
     }
     unjudged = [{"prompt": "P", "text": "T", "finish": "stop", "tokens": 1}]
     assert report.chosen_samples(runs.Run(path="x", samples=unjudged), 2) == {
@@ -679,12 +678,11 @@ def test_tasks_stand_beside_chance_and_published_figures():
     other = {"model": "Pythia-410m", "metric": "acc", "score": 0.401, "source": "their README"}
     run = runs.Run(path="out/x")
     run.tasks = {"zero_shot": {"piqa": scored, "mine": scored}, "published": {"piqa": [other]}}
-    rows = report.tasks_table(run).rows
+    rows = report.tasks_table(run).cells()
     assert ["piqa", "acc", "out/x", "0.42", "0.01", "n = 1,200"] in rows
     assert ["piqa", "acc", "chance", "0.25", "-", "-"] in rows
     assert ["piqa", "acc", "Pythia-410m", "0.401", "-", "their README"] in rows
     assert sum("Pythia-410m" in row for row in rows) == 1
-    assert report.tasks_table(runs.Run(path="y", tasks={"zero_shot": {}})) is None
 
 
 @pytest.mark.parametrize("loss", [812.5, None])

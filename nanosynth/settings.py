@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import re
 import runpy
@@ -29,6 +30,13 @@ MANY = tuple[str, ...]  # the type of a setting whose flag may be given several 
 HELP_COLUMNS = 100
 LARGEST_INT = 2**63 - 1  # of what counts in torch and numpy
 LARGEST_SEED = 2**32 - 1  # every generator that is seeded takes it
+# A bound's test and its words, in the order of --help and errors.
+BOUNDS = {
+    "at_least": (operator.ge, "{:,} or more"),
+    "above": (operator.gt, "above {:,}"),
+    "at_most": (operator.le, "at most {:,}"),
+    "below": (operator.lt, "below {:,}"),
+}
 
 
 def setting(
@@ -36,24 +44,20 @@ def setting(
     help: str,
     *,
     group: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     path: bool = False,
     instead_of: str = "",
+    **bounds: float,
 ) -> typing.Any:
     """One field of a settings dataclass: its default, the line that --help prints, its bounds.
 
     `group` begins a group of --help. A `path` has its ~ expanded, and is not empty unless its
-    default is. The bounds hold for the numbers among a setting's values. `instead_of` names a
-    setting that this one is another way to say: a flag of either replaces both of a config file.
+    default is. The bounds, of those in BOUNDS, hold for the numbers among a setting's values.
+    `instead_of` names a setting that this one is another way to say: a flag of either replaces both
+    of a config file.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "group": group, "bounds": bounds, "path": path}
-    metadata["instead_of"] = instead_of
-    return dataclasses.field(default=default, metadata=metadata)
+    assert bounds.keys() <= BOUNDS.keys()
+    metadata = {"help": help, "group": group, "path": path, "instead_of": instead_of}
+    return dataclasses.field(default=default, metadata={**metadata, "bounds": bounds})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,12 @@ class Settings:
             bounds = field.metadata["bounds"]
             if type(value) is int and value > LARGEST_INT:
                 bounds = {"at_most": LARGEST_INT} | bounds
-            if type(value) in (int, float) and not _is_within(value, bounds):
-                is_finite = type(value) is int or math.isfinite(value)
-                wanted = ([] if is_finite else ["a finite number"]) + [bounds_text(bounds)]
-                self.refuse(field.name, f"wanted {', '.join(filter(None, wanted))}")
+            if type(value) in (int, float):
+                is_finite = abs(value) < math.inf  # nor is NaN
+                is_within = (BOUNDS[name][0](value, bound) for name, bound in bounds.items())
+                if not (is_finite and all(is_within)):
+                    wanted = ["" if is_finite else "a finite number", bounds_text(bounds)]
+                    self.refuse(field.name, f"wanted {', '.join(filter(None, wanted))}")
             # all: of a setting that may be given several times, none is empty
             if field.metadata["path"] and default and not (value and all(value)):
                 self.refuse(field.name, "wanted a path")
@@ -85,26 +91,13 @@ class Settings:
         raise UserError(f"--{name}={getattr(self, name)}; {why}")
 
 
-def _is_within(value: float, bounds: Mapping[str, float]) -> bool:
-    return (
-        value == value
-        and abs(value) != math.inf
-        and value >= bounds.get("at_least", -math.inf)
-        and value <= bounds.get("at_most", math.inf)
-        and ("above" not in bounds or value > bounds["above"])
-        and ("below" not in bounds or value < bounds["below"])
-    )
-
-
 def bounds_text(bounds: Mapping[str, float]) -> str:
     """How bounds are written in --help and in errors.
 
     >>> bounds_text({"at_least": 0, "below": 1})
     '0 or more, below 1'
     """
-    words = {"at_least": "{:,} or more", "above": "above {:,}"}
-    words |= {"at_most": "at most {:,}", "below": "below {:,}"}
-    said = [text.format(bounds[name]) for name, text in words.items() if name in bounds]
+    said = (text.format(bounds[name]) for name, (_, text) in BOUNDS.items() if name in bounds)
     return ", ".join(said)
 
 
@@ -177,24 +170,24 @@ def load(cls: type, argv: list[str], program: str, *, config_file: bool = False)
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, program, config_file=config_file))
         sys.exit(0)
-    field_types = _field_types(cls)
-    paths, flags = _split(argv, field_types)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    paths, flags = _split(argv, fields)
     if len(paths) > (1 if config_file else 0):
         wanted = "one config file, then flags" if config_file else "flags only"
         raise UserError(f"unexpected argument {paths[-1]!r}; wanted {wanted} (--key=value)")
     values: dict[str, object] = {}
-    origins = dict.fromkeys(field_types, "default")
+    origins = dict.fromkeys(fields, "default")
     for path in paths:
         for name, value in read_config(path).items():
             values[name] = checked(cls, name, value, path)
             origins[name] = path
-    for field in dataclasses.fields(cls):
+    for field in fields.values():
         either = {field.name, field.metadata["instead_of"]}
         if field.metadata["instead_of"] and either & {name for name, _ in flags}:
             values = {name: value for name, value in values.items() if name not in either}
     for name, text in flags:
         value = checked(cls, name, text, "the command line", parse=True)
-        if field_types[name] == MANY and origins[name] == "command line":
+        if fields[name].type == MANY and origins[name] == "command line":
             value = (*values[name], *value)
         values[name] = value
         origins[name] = "command line"
@@ -203,12 +196,7 @@ def load(cls: type, argv: list[str], program: str, *, config_file: bool = False)
     return settings
 
 
-def _field_types(cls: type) -> dict[str, object]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _split(argv: list[str], field_types: dict) -> tuple[list[str], list[tuple[str, str]]]:
+def _split(argv: list[str], fields: dict) -> tuple[list[str], list[tuple[str, str]]]:
     """(other arguments, flags as (name, text)): --key=value, --key value, and --key of a bool."""
     paths, flags, rest = [], [], list(argv)
     while rest:
@@ -219,11 +207,10 @@ def _split(argv: list[str], field_types: dict) -> tuple[list[str], list[tuple[st
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             raise UserError(f"cannot read {argument!r}; flags are written --key=value, see --help")
-        if not equals and name in field_types:
-            members = _members(field_types[name])
-            words = {"true", "false", *(w for m in members for w in typing.get_args(m))}
+        if not equals and name in fields:
+            choices = _choices(fields[name].type)
             follows = bool(rest) and not rest[0].startswith("--")
-            if bool in members and not (follows and rest[0].lower() in words):
+            if bool in choices and not (follows and rest[0].lower() in {"true", "false", *choices}):
                 text = "True"
             elif follows:
                 text = rest.pop(0)
@@ -261,77 +248,64 @@ def read_config(path: str) -> dict[str, object]:
 
 def checked(cls: type, name: str, value: object, origin: str, *, parse: bool = False) -> object:
     """`value` as the type of `cls`'s field `name`; with `parse` it is the text of a flag."""
-    field_types = _field_types(cls)
-    if name not in field_types:
-        near = difflib.get_close_matches(name, field_types, n=1)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
         if not parse:
             hint += " (the name of a helper begins with _)"
         raise UserError(f"unknown setting {name!r} in {origin}; {hint}")
-    wanted = field_types[name]
-    field = next(field for field in dataclasses.fields(cls) if field.name == name)
-    if parse and wanted == MANY:
-        value = (value,)
-    elif parse and str not in _members(wanted):
-        value = _parse(value)
-    for member in _members(wanted):
-        if typing.get_origin(member) is typing.Literal:
-            if value in typing.get_args(member) and isinstance(value, str):
-                return value
-        elif member == MANY:
-            parts = (value,) if isinstance(value, str) else value
-            if isinstance(parts, tuple | list) and all(isinstance(part, str) for part in parts):
-                expand = os.path.expanduser if field.metadata["path"] else str
-                return tuple(map(expand, parts))
-        elif member is float and type(value) is int and abs(value) <= LARGEST_INT:
+    wanted, metadata = fields[name].type, fields[name].metadata
+    expand = os.path.expanduser if metadata["path"] else str
+    if wanted == MANY:
+        parts = (value,) if isinstance(value, str) else value
+        if isinstance(parts, tuple | list) and all(isinstance(part, str) for part in parts):
+            return tuple(map(expand, parts))
+    elif parse and str not in _choices(wanted):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            # A Python literal; true and false in any case.
+            is_bool = value.lower() in ("true", "false")
+            value = ast.literal_eval(value.capitalize() if is_bool else value)
+    for choice in _choices(wanted):
+        if choice is float and type(value) is int and abs(value) <= LARGEST_INT:
             return float(value)
-        elif type(value) is member:
-            return os.path.expanduser(value) if field.metadata["path"] else value
-    bounds = field.metadata["bounds"]
+        if type(value) is choice:
+            return expand(value) if choice is str else value
+        if isinstance(value, str) and value == choice:
+            return value
+    bounds = metadata["bounds"]
     also = f", {bounds_text(bounds)}" if bounds else ""
     raise UserError(f"{name} in {origin}: wanted {type_name(wanted)}{also}, got {value!r}")
 
 
-def _members(wanted: object) -> tuple:
-    is_union = typing.get_origin(wanted) in (types.UnionType, typing.Union)
-    return typing.get_args(wanted) if is_union else (wanted,)
+def _choices(wanted: object) -> tuple:
+    """The types and the words that a field's type is a choice of.
 
-
-def _parse(text: str) -> object:
-    """A flag's text as a Python literal; true, false and none in any case; else the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    >>> _choices(int | typing.Literal["auto"])
+    (<class 'int'>, 'auto')
+    """
+    is_choice = typing.get_origin(wanted) in (types.UnionType, typing.Union, typing.Literal)
+    return sum(map(_choices, typing.get_args(wanted)), ()) if is_choice else (wanted,)
 
 
 def type_name(wanted: object) -> str:
     """How a field's type is written in --help and in errors: 'int', 'auto|float16', ..."""
-    names = []
-    for member in _members(wanted):
-        if typing.get_origin(member) is typing.Literal:
-            names += filter(None, typing.get_args(member))
-        elif member == MANY:
-            names.append("str, several times")
-        else:
-            names.append("None" if member is type(None) else member.__name__)
-    return "|".join(names)
+    if wanted == MANY:
+        return "str, several times"
+    return "|".join(getattr(one, "__name__", one) for one in _choices(wanted) if one)
 
 
 def help_text(cls: type, program: str, *, config_file: bool) -> str:
     """What --help prints: every setting in its group with its default, reason, type and bounds."""
     columns = min(HELP_COLUMNS, shutil.get_terminal_size((HELP_COLUMNS, 24)).columns)
     usage = f"usage: python {program} {'[config/NAME.py] ' if config_file else ''}[--key=value ...]"
-    fields, field_types = dataclasses.fields(cls), _field_types(cls)
+    fields = dataclasses.fields(cls)
     flags = {f.name: f"  --{f.name}={_shown(f.default)}" for f in fields}
     indent = 2 + min(34, max(map(len, flags.values())))
     lines = [*textwrap.wrap(" ".join((cls.__doc__ or "").split()), columns), "", usage]
     for field in fields:
         bounds = field.metadata["bounds"]
-        facts = [type_name(field_types[field.name])] + ([bounds_text(bounds)] if bounds else [])
+        facts = [type_name(field.type)] + ([bounds_text(bounds)] if bounds else [])
         text = f"{field.metadata['help']} ({', '.join(facts)})"
         if field.metadata["group"]:
             lines += ["", field.metadata["group"]]

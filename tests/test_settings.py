@@ -18,7 +18,6 @@ class Example(settings.Settings):
     max_steps: int = setting(10, "how many")
     bias: bool = setting(True, "whether")
     name: str = setting("x", "what")
-    revision: str | None = setting(None, "which")
     dtype: Literal["auto", "float16"] = setting("auto", "precision")
     compile: bool | Literal["auto"] = setting("auto", "when")
     run: settings.MANY = setting(("a",), "which ones", path=True)
@@ -74,7 +73,6 @@ def test_a_flag_of_many_values_is_given_several_times(tmp_path):
         ("--name=a=b --c", {"name": "a=b --c"}),
         ("--name=", {"name": ""}),
         ("--name=True", {"name": "True"}),
-        ("--revision=main", {"revision": "main"}),
         ("--dtype=float16", {"dtype": "float16"}),
         ("--compile=False", {"compile": False}),
         ("--compile=auto", {"compile": "auto"}),
@@ -139,7 +137,7 @@ def test_a_wrong_config_file_is_refused(tmp_path, line, wanted):
 
 
 def test_a_file_widens_int_to_float_and_keeps_its_helpers(tmp_path):
-    path = write_config(tmp_path, "_epochs = 3\nlearning_rate = _epochs\nrevision = None\n")
+    path = write_config(tmp_path, "_epochs = 3\nlearning_rate = _epochs\n")
     found = load(path)
     assert found == Example(learning_rate=3.0) and type(found.learning_rate) is float
     path = write_config(tmp_path, '"""Doc."""\nimport math\nmax_steps: int = int(math.pi)\n')
@@ -234,7 +232,6 @@ def test_help_lists_every_setting(capsys):
     text = capsys.readouterr().out
     assert "What this example does." in text and "python example.py [config/NAME.py]" in text
     assert re.search(r"--learning_rate=0\.1 +the peak, per step \(float\)", text)
-    assert re.search(r"--revision=None +which \(str\|None\)", text)
     assert re.search(r"--compile=auto +when \(bool\|auto\)", text)
     assert re.search(r"\n\nChance\n  --seed=42 +of all that is drawn \(int, 0 or more\)", text)
 

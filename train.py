@@ -9,11 +9,11 @@ below them builds what they use.
 """
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -189,7 +189,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig
 from nanosynth import checkpoint
-from nanosynth.checkpoint import Saver
 from nanosynth.data import bins
 from nanosynth.device import (
     autocast,
@@ -199,13 +198,12 @@ from nanosynth.device import (
     make_deterministic,
     peak_flops,
 )
-from nanosynth.training import distributed, health, micro_batch, optim
+from nanosynth.training import distributed, micro_batch, optim
 from nanosynth.training.log import (
     Console,
     MetricsFile,
-    Outputs,
     RunLog,
-    WandbThread,
+    Wandb,
     device_hours,
     make_way,
     write_config,
@@ -215,9 +213,11 @@ from nanosynth.training.log import (
 # overflow costs a step, so the scale starts at 2**13, three halvings lower, and where that is too
 # low it doubles every 200 steps.
 INIT_LOSS_SCALE, SCALE_GROWTH_STEPS = 2.0**13, 200
+# Below it the smallest float16 gradients underflow to zero, and the run only seems to train.
+MIN_LOSS_SCALE = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Run:
     """Everything that a step changes or reads. The same on every rank, but for `world`."""
 
@@ -277,13 +277,12 @@ def train(
     reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
     """
     stop = distributed.StopSignal()
-    run = build(config, world, splits)
-    with world.own_folder(run.out_dir):
-        run = distribute(restore(run))
+    with world.own_folder(Path(config.out_dir)):
+        run = build(config, world, splits)
         # An error's last lines come after the log's.
         with contextlib.closing(open_log(run, started)) as log:
             if run.first_step < run.max_steps:
-                with Saver() as saver:
+                with ThreadPoolExecutor(max_workers=1) as saver:  # its end waits for the last save
                     loop(run, log, stop, saver)
             else:
                 if world.is_main and not run.guard.n_skipped:
@@ -292,18 +291,20 @@ def train(
                 finish(run, run.first_step, log, stopping=False, saved=True)
 
 
-def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> None:
+def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: ThreadPoolExecutor) -> None:
     """One pass for each step: evaluate and save what is due, then train. Call on every rank.
 
     `step` counts the updates that are done. The last pass only evaluates and saves.
     """
     config, world = run.config, run.world
     is_owed = False  # a save that trouble has put off
+    saving = saver.submit(bool, True)  # the last save: whether its checkpoint is there
     look_at_two_batches(run, log)
     for step in range(run.first_step, run.max_steps + 1):
         # A rank that waits for another one for ever can't be told by itself: a clock tells it.
         distributed.expect_progress(config.hang_seconds)
-        saver.check()
+        if saving.done():
+            saving.result()  # raises what the save has raised
         stopping = world.any(stop.requested)  # a collective, so all ranks stop at one step
         is_last = stopping or step == run.max_steps
         is_new = step > run.first_step  # a resumed step was evaluated and saved before
@@ -311,15 +312,14 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> N
         eval_due = is_new and (step % config.eval_interval == 0 or step == run.max_steps)
         save_due = is_new and (step % config.save_interval == 0 or is_last or is_owed)
         if eval_due or save_due:
-            records = log.flush(run.max_steps - step)
-            health.check_steps(records, config.max_skipped_steps, run.out_dir)
-            health.check_weights(run.raw_model, step, run.out_dir)
+            check_steps(run, log.flush(run.max_steps - step))
+            check_weights(run, step)
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
                 val_loss = evaluate(run, run.n_eval_rows)
                 log.val(step, val_loss, time.perf_counter() - started)
-            saver.wait()  # one save at a time; and only what is saved counts as the best
+            saving.result()  # one save at a time; and only what is saved counts as the best
             best_loss = checkpoint.best_loss(run.out_dir)
             is_best = val_loss is not None and val_loss < best_loss  # NaN never is
             # Among skipped steps there may be no way on from here: what is due waits until one is
@@ -328,15 +328,15 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: Saver) -> N
             is_owed = save_due and in_trouble and not is_last
             is_due = save_due and not is_owed
             if world.any(is_due or (world.is_main and is_best)):  # a collective
-                save(run, step, log, val_loss, saver, prune=is_best or not in_trouble)
+                prune = is_best or not in_trouble
+                saving = save(run, step, log, val_loss, saver, prune=prune)
             log.restart_clock()  # neither counts as training in tokens a second
         if is_last:  # the last pass trains nothing
-            return finish(run, step, log, stopping=stopping, saved=saver.wait())
+            return finish(run, step, log, stopping=stopping, saved=saving.result())
 
         take_step(run, step, log)
         if (step + 1) % config.log_interval == 0:
-            records = log.flush(run.max_steps - step - 1)
-            health.check_steps(records, config.max_skipped_steps, run.out_dir)
+            check_steps(run, log.flush(run.max_steps - step - 1))
 
 
 def take_step(run: Run, step: int, log: RunLog) -> None:
@@ -468,24 +468,24 @@ def save(
     step: int,
     log: RunLog,
     val_loss: float | None,
-    saver: Saver,
+    saver: ThreadPoolExecutor,
     *,
     prune: bool = True,
-) -> None:
+) -> Future[bool]:
     """Begin the checkpoint of `step`, by rank 0: copied now, written while training goes on. With
-    `prune`, older ones go then. Call on every rank.
+    `prune`, older ones go then. Call on every rank; what it gives is `publish`'s.
 
     No state of the data order, which is arithmetic on the step, nor of random numbers, which each
     micro-batch seeds anew.
     """
     optimizer = run.optimizer.state_dict()  # a collective, of Muon's
     if not run.world.is_main:
-        return
+        return saver.submit(bool, True)
     state = {
         "optimizer": optimizer,
         "scaler": run.scaler.state_dict(),
         "guard": run.guard.state_dict(),
-        "metrics_bytes": log.size(),
+        "metrics_bytes": log.file.size(),
     }
     meta = {
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
@@ -494,9 +494,8 @@ def save(
         "torch": str(torch.__version__),
     }
     model = run.raw_model.state_dict()  # of the bare model: no prefix of DDP's or compile's
-    content = {"model": model, "train_state": state, "meta": meta}
-    content = checkpoint.on_host(content)
-    saver.start(functools.partial(publish, run, step, log, content, prune=prune))
+    content = checkpoint.on_host({"model": model, "train_state": state, "meta": meta})
+    return saver.submit(publish, run, step, log, content, prune=prune)
 
 
 def publish(run: Run, step: int, log: RunLog, content: dict, *, prune: bool) -> bool:
@@ -504,7 +503,7 @@ def publish(run: Run, step: int, log: RunLog, content: dict, *, prune: bool) -> 
     there: a full disk costs it, not the run. In the saver's thread.
     """
     try:
-        log.sync(content["train_state"]["metrics_bytes"])
+        log.file.sync(content["train_state"]["metrics_bytes"])
         path = checkpoint.save(run.out_dir, step, **content)
     except OSError as error:
         log.say(f"step {step:>6}: checkpoint NOT saved, training goes on: {error}")
@@ -516,6 +515,37 @@ def publish(run: Run, step: int, log: RunLog, content: dict, *, prune: bool) -> 
     except OSError as error:
         log.say(f"step {step:>6}: old checkpoints stay, training goes on: {error}")
     return True
+
+
+def check_steps(run: Run, records: list[dict]) -> None:
+    """Raise UserError where steps tell of too many skipped in a row, or of no loss scale."""
+    for record in records:
+        step, n_skipped, loss_scale = record["step"], record["skipped"], record["loss_scale"]
+        if n_skipped >= run.config.max_skipped_steps or loss_scale < MIN_LOSS_SCALE:
+            raise UserError(
+                f"stopped at step {step}: {n_skipped} steps skipped in a row, loss "
+                f"{record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}, loss scale "
+                f"{loss_scale:g}; {way_back(run, step - n_skipped)}, and look at the rows in "
+                "metrics.jsonl"
+            )
+
+
+def check_weights(run: Run, step: int) -> None:
+    """Raise UserError where weights are ruined: no later step can mend them. Waits for the GPU."""
+    if not torch.stack([weights.isfinite().all() for weights in run.raw_model.parameters()]).all():
+        raise UserError(f"stopped at step {step}: weights not finite; {way_back(run, step - 1)}")
+
+
+def way_back(run: Run, step: int) -> str:
+    """What to do after trouble. The last good checkpoint is one of `step` or before: the weights
+    then gave a step that was taken; of a later one's nothing good is known.
+    """
+    good = [saved for saved in checkpoint.steps(run.out_dir) if saved <= step]
+    lower = "a lower --learning_rate or --dtype=bfloat16"
+    if not good:
+        return f"no checkpoint is older; try {lower} in another --out_dir"
+    path = checkpoint.folder(run.out_dir, good[-1])
+    return f"last good checkpoint: {path}; go on from it with --resume={path} and {lower}"
 
 
 def finish(run: Run, step: int, log: RunLog, *, stopping: bool, saved: bool) -> None:
@@ -607,24 +637,18 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
 def build(
     config: TrainConfig, world: distributed.World, splits: tuple[bins.Split, bins.Split]
 ) -> Run:
-    """A new run. Call on every rank."""
+    """The run as its checkpoint left it, or a new one. Call on every rank."""
     train_split, val_split = splits
     if config.deterministic:
         make_deterministic()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     order = row_order(config, world, train_split.n_rows(config.block_size))
     max_steps = count_steps(config, order)
     dtype = choose_dtype(config.dtype, world.device)
-    micro_batch.check_fits(model_config(config), world.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)  # the same weights on every rank, without sending them
-    with world.device:
-        raw_model = GPT(model_config(config))
-    if config.zero_init:
-        raw_model.zero_projections()
-    raw_model.gradient_checkpointing = config.gradient_checkpointing
+    raw_model = new_model(config, world.device)
     # The optimizer keeps float32 weights and moments; only products are in half precision.
-    return Run(
+    run = Run(
         config=config,
         world=world,
         train_split=train_split,
@@ -652,21 +676,25 @@ def build(
         dtype=dtype,
         identity=identity(config, train_split),
     )
-
-
-def distribute(run: Run) -> Run:
-    """The run with its model compiled and within DDP, as they are due. Call on every rank.
-
-    After `restore`: DDP sends rank 0's weights to the others.
-    """
-    if is_compiled(run.config, run.world.device):
+    restore(run)
+    if is_compiled(config, world.device):
         # Block by block already; DDP's own cuts, by its buckets' 25 MB, would make more graphs.
         torch._dynamo.config.optimize_ddp = False
-        run.raw_model.compile()
-    if run.world.size == 1:
-        return run
-    ddp = DistributedDataParallel(run.raw_model, gradient_as_bucket_view=True)
-    return replace(run, model=ddp)
+        raw_model.compile()
+    if world.size > 1:  # DDP sends rank 0's weights to the others
+        run.model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+    return run
+
+
+def new_model(config: TrainConfig, device: torch.device) -> GPT:
+    micro_batch.check_fits(model_config(config), device)
+    torch.manual_seed(config.seed)  # the same weights on every rank, without sending them
+    with device:
+        model = GPT(model_config(config))
+    if config.zero_init:
+        model.zero_projections()
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
 
 
 def identity(config: TrainConfig, train: bins.Split) -> dict:
@@ -684,39 +712,33 @@ def identity(config: TrainConfig, train: bins.Split) -> dict:
     }
 
 
-def restore(run: Run) -> Run:
-    """The run as its checkpoint left it, or with the weights of --init_from. Call on every rank."""
-    path = find_start(run)
+def restore(run: Run) -> None:
+    """Take on what the run's checkpoint has, or the weights of --init_from. Call on every rank."""
+    config, world = run.config, run.world
+
+    def look() -> Path | None:
+        path = checkpoint.find_start(run.out_dir, config.resume, run.identity, terminal.say)
+        if path is None:
+            make_way(run.out_dir)
+        return path
+
+    path = world.on_main(look)  # one rank, since looking sets damaged folders aside
     if path is None:
-        if run.config.init_from:
-            start = run.world.on_main(lambda: checkpoint.find(run.config.init_from))
+        if config.init_from:
+            start = world.on_main(lambda: checkpoint.find(config.init_from))
             load_weights(run.raw_model, start)
-        return run
+        return
     meta = load_weights(run.raw_model, path)
     state = checkpoint.read_train_state(path)
     if absent := {"optimizer", "scaler", "guard", "metrics_bytes"} - state.keys():
         raise checkpoint.Damaged(f"{path}: its training state lacks {sorted(absent)}")
+    run.first_step = meta["step"]
     run.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where the run was in float32 or bfloat16 until here
         run.scaler.load_state_dict(state["scaler"])
     run.guard.load_state_dict(state["guard"])
     # Of another run's folder, given by --resume, the metrics stay there.
-    metrics_bytes = state["metrics_bytes"] if path.parent == run.out_dir else 0
-    return replace(run, first_step=meta["step"], metrics_bytes=metrics_bytes)
-
-
-def find_start(run: Run) -> Path | None:
-    """The step folder to go on from, or None. Rank 0 looks and all hear, since looking sets damaged
-    folders aside. Call on every rank.
-    """
-
-    def look() -> Path | None:
-        path = checkpoint.find_start(run.out_dir, run.config.resume, run.identity, terminal.say)
-        if path is None:
-            make_way(run.out_dir)
-        return path
-
-    return run.world.on_main(look)
+    run.metrics_bytes = state["metrics_bytes"] if path.parent == run.out_dir else 0
 
 
 def load_weights(raw_model: GPT, path: Path) -> dict:
@@ -736,10 +758,9 @@ def open_log(run: Run, started: float) -> RunLog:
     time.perf_counter().
     """
     config, world, out_dir = run.config, run.world, run.out_dir
-    name = device_name(world.device)
-    metrics = out_dir / "metrics.jsonl"
+    name, metrics = device_name(world.device), out_dir / "metrics.jsonl"
     spent_hours = device_hours(metrics) + (time.perf_counter() - started) / 3600 * world.size
-    outputs = None
+    file = console = wandb = None
     if world.is_main:
         n_parameters = run.raw_model.n_parameters()
         checkpoint.check_space(out_dir, n_parameters, config.keep_last)
@@ -753,18 +774,18 @@ def open_log(run: Run, started: float) -> RunLog:
             "dtype": str(run.dtype).removeprefix("torch."),
         }
         run_id = write_config(out_dir / "config.json", facts, first_step=run.first_step)
-        console = Console()
+        console = Console(run.first_step, run.max_steps)
         console.say(settings.describe(config))
         console.say(
             f"{n_parameters:,} parameters, {run.max_steps:,} steps of {run.tokens_per_step:,} "
             f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}"
         )
-        console.start(run.first_step, run.max_steps)
         if not run.train_split.has_mask:
-            print(f"{config.data_dir} is nanoGPT's (no meta.json): plain text, every token counts")
-        wandb = None
+            console.say(
+                f"{config.data_dir} is nanoGPT's (no meta.json): plain text, every token counts"
+            )
         if config.wandb != "disabled":
-            wandb = WandbThread(
+            wandb = Wandb(
                 console.say,
                 id=run_id,
                 mode=config.wandb,
@@ -774,13 +795,13 @@ def open_log(run: Run, started: float) -> RunLog:
                 config=asdict(config),
             )
         file = MetricsFile(metrics, run.metrics_bytes, console.say)
-        outputs = Outputs(file, console, wandb)
-    peak = peak_flops(name, run.dtype)
     return RunLog(
-        outputs,
+        file,
+        console,
+        wandb,
         device=world.device,
         n_devices=world.size,
-        peak=peak,
+        peak=peak_flops(name, run.dtype),
         budget_hours=config.budget_hours,
         spent_hours=spent_hours,
     )

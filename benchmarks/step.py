@@ -70,7 +70,7 @@ def random_bins(data_dir: str, block_size: int, n_rows: int = 64, n_val_rows: in
 
 def new_log(run: train.Run) -> RunLog:
     """A log that writes nothing."""
-    return RunLog(None, device=run.world.device, n_devices=1, peak=None)
+    return RunLog(device=run.world.device, n_devices=1, peak=None)
 
 
 def time_steps(run: train.Run, first: int, count: int) -> list[float]:
@@ -152,7 +152,7 @@ def measure(config: StepConfig, world: distributed.World) -> dict:
     done, n_phased = config.untimed_steps + config.timed_steps, max(2, config.timed_steps // 4)
     # No schedule is measured, but one must reach the last step that is taken.
     whole = dataclasses.replace(config, max_steps=done + n_phased + 1, warmup_steps=0)
-    run = train.distribute(train.build(whole, world, train.open_splits(config)))
+    run = train.build(whole, world, train.open_splits(config))
     is_compiled = train.is_compiled(config, world.device)
     size, count = (8192, 50) if world.device.type == "cuda" else (1024, 20)
     first, *_ = time_steps(run, 0, config.untimed_steps)

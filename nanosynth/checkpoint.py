@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -50,36 +49,6 @@ def steps(run_dir: Path) -> list[int]:
     """The steps that have a folder, in order."""
     names = os.listdir(run_dir) if run_dir.is_dir() else []
     return sorted(int(name.removeprefix("step_")) for name in names if NAME.fullmatch(name))
-
-
-class Saver:
-    """Runs saves in a thread, one at a time, while training goes on; its context ends with the
-    last. An error that a save raises ends the training: it is raised by what is called next here.
-    """
-
-    def __init__(self):
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[bool] | None = None
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
-
-    def start(self, save: Callable[[], bool]) -> None:
-        """Begin `save`, which says whether its checkpoint is published. Wait for the last first."""
-        assert self._last is None or self._last.done()
-        self._last = self._thread.submit(save)
-
-    def wait(self) -> bool:
-        """Whether the last checkpoint is published, when that is known; True before the first."""
-        return self._last is None or self._last.result()
-
-    def check(self) -> None:
-        """Raise what the last save may have raised by now."""
-        if self._last and self._last.done():
-            self._last.result()
 
 
 def on_host(state: dict) -> dict:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nanosynth import settings, terminal
-from nanosynth.training.log import Console
+from nanosynth.training.log import Background, Console
 from tiny import REPO, losses, read_metrics, train_run
 
 
@@ -60,8 +60,8 @@ def lost(request):
 def test_a_lost_console_neither_ends_nor_delays_a_run(
     lost, tiny_bins, run_dir, tmp_path, monkeypatch
 ):
-    intact = Console.close
-    monkeypatch.setattr(Console, "close", lambda self: intact(self, timeout_seconds=0.2))
+    intact = Background.__init__
+    monkeypatch.setattr(Background, "__init__", lambda self, work, **_: intact(self, work, 0.2))
     monkeypatch.setattr(sys, "stdout", lost)
     records = train_run(tiny_bins, tmp_path / "run", save_interval=3, eval_interval=3)
     monkeypatch.undo()
@@ -72,7 +72,7 @@ def test_a_lost_console_neither_ends_nor_delays_a_run(
 def test_a_small_encoding_gets_escapes(monkeypatch):
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdout", Stream(writer, "cp1252"))
-    console = Console()
+    console = Console(0, 1)
     console.say("naïve 日本")
     console.close()
     assert os.read(reader, 100) == b"na\xefve \\u65e5\\u672c\n"

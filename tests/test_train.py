@@ -691,7 +691,6 @@ def test_ddp_does_not_cut_the_compiled_graphs(tiny_bins, tmp_path, graphs, group
     flags = {**RUN, "data_dir": tiny_bins, "out_dir": str(tmp_path), "compile": True}
     config = train.TrainConfig(**flags)
     run = train.build(config, replace(ALONE, size=2), train.open_splits(config))
-    run = train.distribute(run)
     train.train_step(run, train.micro_batches(run, 0), n_targets=32)
     assert isinstance(run.model, torch.nn.parallel.DistributedDataParallel) and len(graphs) == 2
 

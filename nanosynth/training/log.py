@@ -15,11 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -79,131 +77,90 @@ def device_hours(path: Path) -> float:
     return 0.0
 
 
-class WandbThread:
-    """Sends records to wandb from a thread of its own: whatever wandb does, training goes on."""
+class Background:
+    """An output whose thread takes what is put, in its order: neither training nor its end waits
+    for a console or a service that hangs.
+    """
 
-    def __init__(self, say: Callable[[str], None], **options: object):
-        self._records: queue.Queue = queue.Queue()
-        self._say, self._options = say, options
-        self._thread = threading.Thread(target=self._send, daemon=True)
+    def __init__(self, work: Callable[[Iterator], None], patience_seconds: float):
+        items: queue.SimpleQueue = queue.SimpleQueue()
+        self.put, self._patience_seconds = items.put, patience_seconds
+        self._thread = threading.Thread(target=work, args=(iter(items.get, None),), daemon=True)
         self._thread.start()
 
-    def log(self, record: dict) -> None:
-        self._records.put(record)
+    def close(self) -> None:
+        self.put(None)
+        self._thread.join(self._patience_seconds)
 
-    def close(self, timeout_seconds: float = 30.0) -> None:
-        self._records.put(None)
-        self._thread.join(timeout_seconds)
 
-    def _send(self) -> None:
+class Wandb(Background):
+    """Sends records to wandb: whatever it does, training goes on."""
+
+    def __init__(self, say: Callable[[str], None], **options: object):
+        self._say, self._options = say, options
+        super().__init__(self._send, patience_seconds=30.0)
+
+    def _send(self, records: Iterator[dict]) -> None:
         try:
             import wandb
 
             run = wandb.init(**self._options, resume="allow")
-            while (record := self._records.get()) is not None:
-                split = record["split"]
-                values = {
-                    f"{split}/{k}": v for k, v in record.items() if k not in ("step", "split")
-                }
-                run.log(values, step=record["step"])
+            for record in records:
+                step, split = record.pop("step"), record.pop("split")
+                run.log({f"{split}/{key}": value for key, value in record.items()}, step=step)
             run.finish()
         except BaseException as error:  # wandb may raise anything, and none of it ends a run
             self._say(f"wandb stopped, training goes on: {error!r}")
 
 
-class Console:
+class Console(Background):
     """A progress bar on a terminal, plain lines in a log.
 
-    A thread of its own prints, without Python's streams and their locks: a console that is gone,
-    full or stopped neither ends nor delays the run, nor its end. What it does not take is lost.
+    Printed without Python's streams and their locks: a console that is gone, full or stopped
+    neither ends nor delays the run. What it does not take is lost.
     """
 
-    def __init__(self):
+    def __init__(self, first_step: int, max_steps: int):
         self._stdout = sys.stdout  # as it is now: what is said late goes nowhere else
-        self._bar = tqdm(disable=True)
-        self._n_skipped = 0  # since this start
-        self._evaluated = ""  # the last validation loss, beside the training loss
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def start(self, first_step: int, max_steps: int) -> None:
-        self._calls.put(partial(self._start, first_step, max_steps))
+        self._first_step, self._max_steps = first_step, max_steps
+        super().__init__(self._print, patience_seconds=5.0)
 
     def say(self, text: str) -> None:
-        self._calls.put(partial(self._say, text))
+        self.put((text, None))
 
-    def train(self, records: list[dict], eta_seconds: float, budget_hours: float) -> None:
-        """Show the last of these records, and how many steps were skipped until now."""
-        self._calls.put(partial(self._train, records, eta_seconds, budget_hours))
+    def progress(self, step: int, text: str, seconds_left: float) -> None:
+        """How the run is after `step`."""
+        minutes, seconds = divmod(int(seconds_left), 60)
+        line = f"step {step:>6}/{self._max_steps} | {text} | {minutes}m{seconds:02d}s left"
+        self.put((line, (step, text)))
 
-    def val(self, step: int, loss: float, seconds: float) -> None:
-        self._calls.put(partial(self._val, step, loss, seconds))
-
-    def close(self, timeout_seconds: float = 5.0) -> None:
-        self._calls.put(None)
-        self._thread.join(timeout_seconds)
-
-    def _work(self) -> None:
-        while call := self._calls.get():
-            with contextlib.suppress(Exception):  # of many classes: streams', codecs', tqdm's
-                call()
+    def _print(self, said: Iterator[tuple[str, tuple[int, str] | None]]) -> None:
+        bar = tqdm(disable=True)
+        with contextlib.suppress(Exception):  # of many classes: streams', codecs', tqdm's
+            bar = tqdm(  # disable=None: none where stderr is no terminal
+                file=open(sys.stderr.fileno(), "w", encoding=sys.stderr.encoding, closefd=False),
+                initial=self._first_step,
+                total=self._max_steps,
+                unit="step",
+                dynamic_ncols=True,
+                disable=None,
+            )
+        for line, progress in said:
+            with contextlib.suppress(Exception):
+                if progress and not bar.disable:
+                    step, text = progress
+                    bar.set_postfix_str(text, refresh=False)
+                    bar.update(step + 1 - bar.n)
+                    continue
+                bar.clear()
+                left = f"{terminal.harmless(line)}\n".encode(
+                    self._stdout.encoding, "backslashreplace"
+                )
+                while left:
+                    left = left[os.write(self._stdout.fileno(), left) :]
+                bar.refresh()
         with contextlib.suppress(Exception):
-            self._bar.close()
-
-    def _start(self, first_step: int, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._bar = tqdm(  # disable=None: none where stderr is no terminal
-            file=open(sys.stderr.fileno(), "w", encoding=sys.stderr.encoding, closefd=False),
-            initial=first_step,
-            total=max_steps,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None,
-        )
-
-    def _say(self, text: str) -> None:
-        self._bar.clear()
-        line = f"{terminal.harmless(text)}\n".encode(self._stdout.encoding, "backslashreplace")
-        while line:
-            line = line[os.write(self._stdout.fileno(), line) :]
-        self._bar.refresh()
-
-    def _val(self, step: int, loss: float, seconds: float) -> None:
-        self._evaluated = f" (validation {loss:.4f})"
-        self._say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
-
-    def _train(self, records: list[dict], eta_seconds: float, budget_hours: float) -> None:
-        record = records[-1]
-        self._n_skipped += sum(one["skipped"] > 0 for one in records)
-        parts = [
-            ("skipped" if record["skipped"] else f"loss {record['loss']:.4f}") + self._evaluated,
-            f"lr {record['lr']:.2e}",
-            f"grad norm {record['grad_norm']:.2f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"{record['memory_gb']:.1f} GB",
-            f"{record['device_hours']:.3f} of {budget_hours:g} device-hours",
-        ]
-        if record["loss_scale"] != 1:  # float16
-            parts.insert(3, f"scale {record['loss_scale']:g}")
-        if record["mfu"] is not None:  # of a device whose peak is known
-            parts.insert(-2, f"mfu {record['mfu']:.1%}")
-        if self._n_skipped:
-            parts.append(f"{self._n_skipped} skipped")
-        text = " | ".join(parts)
-        if self._bar.disable:
-            minutes, seconds = divmod(int(eta_seconds), 60)
-            step = f"step {record['step']:>6}/{self._max_steps}"
-            self._say(f"{step} | {text} | {minutes}m{seconds:02d}s left")
-        else:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(record["step"] + 1 - self._bar.n)
-
-
-class Outputs(NamedTuple):
-    file: MetricsFile
-    console: Console
-    wandb: WandbThread | None
+            bar.close()
 
 
 class RunLog:
@@ -214,7 +171,9 @@ class RunLog:
 
     def __init__(
         self,
-        outputs: Outputs | None,
+        file: MetricsFile | None = None,
+        console: Console | None = None,
+        wandb: Wandb | None = None,
         *,
         device: torch.device,
         n_devices: int,
@@ -223,13 +182,13 @@ class RunLog:
         spent_hours: float = 0.0,
     ):
         """`spent_hours` of devices came before now, of the `budget_hours` of the whole run."""
-        self._outputs = outputs
-        self._budget_hours, self._spent_hours = budget_hours, spent_hours
-        self._started = time.perf_counter()
-        self._is_first_flush, self._has_warned = True, False
+        self.file, self._console, self._wandb = file, console, wandb
         self._device, self._n_devices, self._peak = device, n_devices, peak
+        self._budget_hours, self._spent_hours = budget_hours, spent_hours
+        self._is_first_flush, self._has_warned = True, False
+        self._n_skipped, self._evaluated = 0, ""  # what the console says beside the training loss
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
-        self._clock = time.perf_counter()
+        self._started = self._clock = time.perf_counter()
 
     @property
     def device_hours(self) -> float:
@@ -268,12 +227,31 @@ class RunLog:
                 del record["rows"]
             records.append(record | measured)
             self._emit(records[-1])
+            self._n_skipped += n_skipped > 0
         seconds_left = steps_left * seconds / len(records)
-        if self._outputs:
-            self._outputs.console.train(records, seconds_left, self._budget_hours)
+        if self._console:
+            last = records[-1]
+            self._console.progress(last["step"], self._summary(last), seconds_left)
         self._warn_of_budget(seconds_left)
         self.restart_clock()
         return records
+
+    def _summary(self, record: dict) -> str:
+        parts = [
+            ("skipped" if record["skipped"] else f"loss {record['loss']:.4f}") + self._evaluated,
+            f"lr {record['lr']:.2e}",
+            f"grad norm {record['grad_norm']:.2f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['memory_gb']:.1f} GB",
+            f"{record['device_hours']:.3f} of {self._budget_hours:g} device-hours",
+        ]
+        if record["loss_scale"] != 1:  # float16
+            parts.insert(3, f"scale {record['loss_scale']:g}")
+        if record["mfu"] is not None:  # of a device whose peak is known
+            parts.insert(-2, f"mfu {record['mfu']:.1%}")
+        if self._n_skipped:
+            parts.append(f"{self._n_skipped} skipped")
+        return " | ".join(parts)
 
     def _warn_of_budget(self, seconds_left: float) -> None:
         """Once, when the first steps, which compile, are over."""
@@ -291,8 +269,8 @@ class RunLog:
     def val(self, step: int, loss: float, seconds: float) -> None:
         fields = {"loss": loss, "seconds": seconds, "device_hours": self.device_hours}
         self._emit({"step": step, "split": "val", **fields})
-        if self._outputs:
-            self._outputs.console.val(step, loss, seconds)
+        self._evaluated = f" (validation {loss:.4f})"
+        self.say(f"step {step:>6}: validation loss {loss:.4f} ({seconds:.1f}s)")
 
     def end(self, step: int) -> None:
         """Say what the run took until here, and note it; a resumed run goes on from that."""
@@ -302,37 +280,23 @@ class RunLog:
         self.say(f"{hours:.3f} device-hours in all, {over} the budget of {budget:g}")
 
     def say(self, text: str) -> None:
-        if self._outputs:
-            self._outputs.console.say(text)
-
-    def size(self) -> int:
-        """Bytes of metrics.jsonl; on rank 0 alone, like `sync`."""
-        return self._outputs.file.size()
-
-    def sync(self, size: int) -> None:
-        """Have the first `size` bytes of metrics.jsonl on disk, or raise OSError."""
-        self._outputs.file.sync(size)
+        if self._console:
+            self._console.say(text)
 
     def _emit(self, record: dict) -> None:
-        if not self._outputs:
-            return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._outputs.file.write(finite)
-        if self._outputs.wandb:
-            self._outputs.wandb.log(finite)
+        if self.file:
+            self.file.write(finite)
+        if self._wandb:
+            self._wandb.put(finite)
 
     def close(self) -> None:
-        file, console, wandb = self._outputs or (None, None, None)
-        for output in (
-            wandb,
-            console,
-            file,
-        ):  # in this order: each tells of its trouble by the next
-            if output:
-                output.close()
+        # In this order: each tells of its trouble by the next.
+        for output in filter(None, (self._wandb, self._console, self.file)):
+            output.close()
 
 
 def make_way(run_dir: Path, say: Callable[[str], None] = terminal.say) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -292,19 +293,18 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
         identity={"seed": 1},
     )
     said: list[str] = []
-    saver = checkpoint.Saver()
+    saver = ThreadPoolExecutor(max_workers=1)
     path = run_dir / "metrics.jsonl"
     file = train.MetricsFile(path, path.stat().st_size if path.exists() else 0)
-    outputs = train.Outputs(file, mock.Mock(say=said.append), None)
-    log = train.RunLog(outputs, device=tiny.CPU, n_devices=1, peak=None)
+    console = mock.Mock(say=said.append)
+    log = train.RunLog(file, console, device=tiny.CPU, n_devices=1, peak=None)
 
     def save(step: int, val_loss: float | None = None) -> list[str]:
         with torch.no_grad():
             model.lm_head.weight += 1.0
         file.write({"step": step, "note": "x" * 100})
         said.clear()
-        train.save(run, step, log, val_loss, saver)
-        saver.wait()
+        train.save(run, step, log, val_loss, saver).result()
         return list(said)
 
     return save

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanosynth.training.log import Console, MetricsFile, Outputs, RunLog, commit, write_config
+from nanosynth.training.log import Console, MetricsFile, RunLog, commit, write_config
 from tiny import CPU, train_run
 
 
-def run_log(outputs=None, peak: float | None = 1e15) -> RunLog:
-    return RunLog(outputs, device=CPU, n_devices=4, peak=peak)
+def run_log(*outputs, peak: float | None = 1e15) -> RunLog:
+    return RunLog(*outputs, device=CPU, n_devices=4, peak=peak)
 
 
 def stats(loss: float = 2.0, grad_norm: float = 1.0, scale: float = 8.0, n_skipped: float = 0.0):
@@ -49,7 +49,7 @@ def test_throughput_is_tokens_over_elapsed_time():
 
 def test_a_record(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    log = run_log(Outputs(file, Console(), None), peak=None)
+    log = run_log(file, peak=None)
     log.train({"step": 0, "lr": 0.5, "rows": [1]}, stats(), n_tokens=10, flops=1.0)
     bad = stats(loss=math.nan, grad_norm=math.inf, n_skipped=2.0)
     log.train({"step": 1, "lr": 0.5, "rows": [2, 3]}, bad, n_tokens=10, flops=1.0)
@@ -69,12 +69,10 @@ def test_a_record(tmp_path):
     assert (val["step"], val["split"], val["loss"]) == (2, "val", 1.5)
 
 
-def test_the_console_tells_how_the_run_is(tmp_path, capfd):
+def test_the_console_tells_how_the_run_is(capfd):
     """The last evaluation beside the loss, and how many steps were skipped, also between lines."""
-    console = Console()
-    console.start(0, 10)
-    outputs = Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None)
-    log = RunLog(outputs, device=CPU, n_devices=4, peak=None, budget_hours=1.0)
+    console = Console(0, 10)
+    log = RunLog(None, console, device=CPU, n_devices=4, peak=None, budget_hours=1.0)
     for step, n_skipped in enumerate((0.0, 1.0, 2.0, 0.0)):
         fields = {"step": step, "lr": 0.5, "rows": []}
         log.train(fields, stats(n_skipped=n_skipped), n_tokens=10, flops=1.0)
@@ -164,10 +162,11 @@ def test_starts_of_a_broken_config_are_forgotten(tmp_path):
     assert [start["first_step"] for start in starts(tmp_path / "config.json", 5)] == [0, 5]
 
 
-def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps(tmp_path):
-    console = Console()
+def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps():
+    console = Console(0, 4)
     log = RunLog(
-        Outputs(MetricsFile(tmp_path / "metrics.jsonl", 0), console, None),
+        None,
+        console,
         device=CPU,
         n_devices=8,
         peak=None,

@@ -9,8 +9,8 @@ It streams: a row is read, checked and encoded while others are written, and mem
 however large the source is. Every row is either in the bins or counted by the reason why not.
 """
 
+import contextlib
 import itertools
-import json
 import math
 import os
 import time
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.data import conversations, formats, sources
@@ -122,71 +122,82 @@ RECIPE = (
 
 
 def main(config: PrepareConfig) -> None:
-    columns = conversations.named_columns(config.columns)
     try:
-        try:
-            meta = prepare(config, columns, split_by="first user turn")
-        except OneFirstTurn:
-            meta = prepare(config, columns, split_by="all user turns")
+        meta = prepare(config)
     except OSError as error:
         raise UserError(f"stopped while preparing {config.data_dir}: {error}") from error
     terminal.say(f"{stats.summary(meta)}\n\nwritten to {config.data_dir}")
 
 
-class OneFirstTurn(Exception):
-    """All conversations begin alike, as with one history: the first turn tells no two apart."""
-
-
-def prepare(config: PrepareConfig, columns: conversations.Columns, *, split_by: str) -> dict:
+def prepare(config: PrepareConfig) -> dict:
     """The bins of the sources, published; their meta.json."""
-    reading = formats.Reading(
-        columns=columns, split=config.split, separator=config.document_separator
-    )
-    tally = stats.Tally()
+    columns = conversations.named_columns(config.columns)
+    reading = formats.Reading(columns, config.split, config.document_separator)
     with bins.BinWriter(config.data_dir, has_picture=config.picture) as writer:
         source = sources.open_sources(config.source, config.revision, reading)
-        with Rejects(config.rejects, source, tally) as rejects:
-            kept = kept_conversations(source, columns, config, rejects, tally)
-            write_documents(kept, source, config, writer, tally, split_by)
-            choose(config, source, rejects, tally)
-        check_usable(source, columns, tally, config, split_by)
-        chosen = None if tally.chosen is None else tally.by_split(tally.chosen)
-        writer.shuffle(config.seed, chosen, tally.labels())
-        meta = {**description(source, config), "split_by": split_by, **tally.figures()}
+        with rejects_file(config.rejects, source) as rejects:
+            tally = stats.Tally(rejects)
+            write_documents(source, config, writer, tally)
+            documents = tally.documents()
+            split_by = splits.assign(documents, config.val_fraction)
+            chosen, weighted = choose(documents, config, source, tally)
+        kept = documents[chosen]
+        check_usable(source, kept, tally, config)
+        labels = np.stack([documents[use] for use in tally.names], axis=1)
+        writer.shuffle(config.seed, documents["split"], chosen, labels)
+        meta = {**description(source, config), "split_by": split_by, **tally.figures(kept)}
+        if weighted:
+            meta["weighted"] = weighted
         if config.leak_check:
             paths = (writer.partial / "train.bin", writer.partial / "val.bin")
             meta["leak_check"] = ngrams.shared_grams(*paths)
         if config.picture:
-            title = f"{meta['source'][:100]}: {meta['rows_kept']:,} documents"
-            stats.draw(tally, writer.partial / bins.PICTURE, title)
+            stats.draw(meta, kept, writer.partial / bins.PICTURE)
         writer.publish(meta)
     return meta
 
 
+@contextlib.contextmanager
+def rejects_file(path: str, source: sources.Source) -> Iterator[TextIO | None]:
+    """The file of --rejects, which replaces none but an earlier one of its kind. It is put in its
+    place after a failure, too: it may tell why.
+    """
+    if not path:
+        yield None
+        return
+    if os.path.lexists(path):
+        if not sources.is_rejects(Path(path)):
+            raise UserError(f"--rejects={path} is there, and is no file of rejects; name a new one")
+        if any(part.path and part.path.samefile(path) for part in source.parts):
+            raise UserError(f"--rejects={path} is among the sources; name another file")
+    partial = temporary(Path(path), "rejects")
+    try:
+        file = open(partial, "x", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--rejects={path} cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+    finally:
+        os.replace(partial, path)
+
+
 def write_documents(
-    kept: Iterable["Conversation"],
-    source: sources.Source,
-    config: PrepareConfig,
-    writer: bins.BinWriter,
-    tally: stats.Tally,
-    split_by: str,
+    source: sources.Source, config: PrepareConfig, writer: bins.BinWriter, tally: stats.Tally
 ) -> None:
-    """Read the source to its end into the writer, each conversation as a document of its split."""
+    """Read the source to its end, and put each conversation that is kept into writer and tally."""
     started = time.monotonic()
+    kept = kept_conversations(source, config, tally)
     with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="prepare") as bar:
-        for batch, documents in encoded(kept, config.num_threads):
-            for (turns, names, place), (ids, mask) in zip(batch, documents, strict=True):
-                asked = [text for role, text in turns if role in ("user", tokenizer.TEXT)]
-                key = asked[0] if split_by == "first user turn" else "\n".join(asked)
-                split = splits.split_of(key, config.val_fraction, config.seed)
-                writer.add(split, ids, mask)
-                tally.count(split, turns, names, place, mask)
+        for batch in encoded(kept, config.num_threads):
+            for (turns, names, place), (ids, mask) in batch:
+                writer.add(ids, mask)
+                tally.count(splits.keys_of(turns, config.seed), turns, names, place, mask)
             seconds = time.monotonic() - started
             speed = f"{tally.rows_read / seconds:,.0f} rows/s, "
             speed += f"{tally.n_tokens / seconds:,.0f} tokens/s"
             bar.set_postfix_str(speed, refresh=False)
             bar.update(source.position - bar.n)
-        bar.update(source.position - bar.n)
     tally.unused += source.unread
 
 
@@ -198,63 +209,20 @@ class Conversation(NamedTuple):
     place: tuple[int, int]  # the part's number, and the row's in it
 
 
-class Rejects:
-    """The rows that are left out: counted by reason, and a JSON line each where it is asked for.
-
-    The file is put in its place after a failure, too: it may tell why. It replaces none but an
-    earlier one of its kind.
-    """
-
-    def __init__(self, path: str, source: sources.Source, tally: stats.Tally):
-        self._parts, self._tally, self._path, self._file = source.parts, tally, path, None
-        if not path:
-            return
-        if os.path.lexists(path) and not sources.is_rejects(Path(path)):
-            raise UserError(f"--rejects={path} is there, and is no file of rejects; name a new one")
-        files = [part.path for part in source.parts if part.path]
-        if os.path.exists(path) and any(file.samefile(path) for file in files):
-            raise UserError(f"--rejects={path} is among the sources; name another file")
-        self._partial = temporary(Path(path), "rejects")
-        try:
-            self._file = open(self._partial, "x", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--rejects={path} cannot be written: {error.strerror}") from None
-
-    def add(self, place: tuple[int, int], reject: conversations.Reject, row: object) -> None:
-        self._tally.drop(str(reject), reject.reason)
-        if self._file:
-            words = conversations.first_words(row)
-            file = self._parts[place[0]].name
-            values = (file, place[1], str(reject), words)
-            line = dict(zip(sources.REJECT_KEYS, values, strict=True))
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def __enter__(self) -> "Rejects":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file:
-            self._file.close()
-            os.replace(self._partial, self._path)
-
-
 def kept_conversations(
-    source: sources.Source,
-    columns: conversations.Columns,
-    config: PrepareConfig,
-    rejects: Rejects,
-    tally: stats.Tally,
+    source: sources.Source, config: PrepareConfig, tally: stats.Tally
 ) -> Iterator[Conversation]:
     """What the selected rows hold, each conversation once, up to max_bytes of text; a row that is
     left out is counted.
     """
+    columns = source.reading.columns
     seen: set[bytes] = set()  # of digests: 84 MB for a million
     n_bytes = 0
     switches = (config.drop_refusals, config.drop_non_english, config.drop_runs)
     dropped = set(itertools.compress(conversations.TROUBLES, switches))
     for row in selected_rows(source, config):
         tally.see(row)
-        place, unused = (source.part.number, source.row), set()
+        part, number, unused = source.part, source.row, set()
         try:
             turns = conversations.conversation(row, columns, unused)
             tally.unused.update(unused)
@@ -267,9 +235,10 @@ def kept_conversations(
             if reasons := [name for name in troubles if name in dropped]:
                 raise conversations.Reject(reasons[0])
         except conversations.Reject as reject:
-            rejects.add(place, reject, row)
+            tally.drop(reject, part.name, number, row)
         else:
-            yield Conversation(turns, conversations.names_of(row, source.part.name, columns), place)
+            names = conversations.names_of(row, part.name, columns)
+            yield Conversation(turns, names, (part.number, number))
             n_bytes += sum(len(text.encode()) for _, text in turns)
             if config.max_bytes and n_bytes >= config.max_bytes:
                 return
@@ -277,10 +246,7 @@ def kept_conversations(
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
     """All rows, or a seeded random sample of max_rows of them in their order, in two passes."""
-    if not config.max_rows:
-        yield from source.rows()
-        return
-    n_rows = source.stated_rows or sum(1 for _ in source.rows())
+    n_rows = config.max_rows and (source.stated_rows or sum(1 for _ in source.rows()))
     if config.max_rows >= n_rows:
         yield from source.rows()
         return
@@ -307,74 +273,72 @@ def batches(kept: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     yield batch
 
 
+Document = tuple[np.ndarray, np.ndarray]  # ids and mask
+
+
+def encode(batch: list[Conversation]) -> list[tuple[Conversation, Document]]:
+    documents = tokenizer.encode_documents([conversation.turns for conversation in batch])
+    return list(zip(batch, documents, strict=True))
+
+
 def encoded(
     kept: Iterable[Conversation], num_threads: int
-) -> Iterator[tuple[list[Conversation], list[tuple[np.ndarray, np.ndarray]]]]:
-    """Each batch with its documents, in order, encoded by threads while the next ones are read."""
-    waiting: deque[tuple[list[Conversation], Future]] = deque()
+) -> Iterator[list[tuple[Conversation, Document]]]:
+    """The batches in order, encoded by threads while the next ones are read."""
+    waiting: deque[Future] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
         for batch in batches(kept):
-            turns = [conversation.turns for conversation in batch]
-            waiting.append((batch, threads.submit(tokenizer.encode_documents, turns)))
+            waiting.append(threads.submit(encode, batch))
             if len(waiting) > 2 * num_threads:  # one is encoded by each thread, one waits for it
-                batch, documents = waiting.popleft()
-                yield batch, documents.result()
-        for batch, documents in waiting:
-            yield batch, documents.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 def choose(
-    config: PrepareConfig, source: sources.Source, rejects: Rejects, tally: stats.Tally
-) -> None:
-    """Leave out documents until the sources' training tokens are as --weights says."""
+    documents: np.ndarray, config: PrepareConfig, source: sources.Source, tally: stats.Tally
+) -> tuple[np.ndarray, list[dict]]:
+    """(documents,) bool: those that are kept, so that the sources' training tokens are as --weights
+    says; and the share of each source.
+    """
     if not config.weights:
-        return
-    tokens, split, part, row = map(tally.column, ("tokens", "split", "part", "row"))
-    group = np.array([part.source for part in source.parts])[part]
+        return np.ones(len(documents), dtype=bool), []
+    group = np.array([part.source for part in source.parts])[documents["part"]]
+    tokens, split = documents["tokens"], documents["split"]
     chosen = stats.weighted_choice(config.shares(), group, tokens, split, config.seed)
     left_out = conversations.Reject("left out by --weights")
-    for place in zip(part[~chosen].tolist(), row[~chosen].tolist(), strict=True):
-        rejects.add(place, left_out, left_out)
-    tally.chosen = chosen
+    for part, row in documents[["part", "row"]][~chosen].tolist():
+        tally.drop(left_out, source.parts[part].name, row, left_out)
     sums = np.bincount(group, tokens * chosen * (split == 0), len(config.source))
-    tally.weighted = [
+    return chosen, [
         {"source": name, "wanted": wanted, "share": n / max(1, sums.sum())}
         for name, wanted, n in zip(config.source, config.shares(), sums.tolist(), strict=True)
     ]
 
 
 def check_usable(
-    source: sources.Source,
-    columns: conversations.Columns,
-    tally: stats.Tally,
-    config: PrepareConfig,
-    split_by: str,
+    source: sources.Source, kept: np.ndarray, tally: stats.Tally, config: PrepareConfig
 ) -> None:
     """Refuse to write empty bins, and say what the rows are like where none was understood."""
-    found = [name for name, _ in (tally.columns + source.unread).most_common(20)]
-    found_said = f"columns found: {', '.join(found) or 'none'}"
-    if missing := conversations.named(columns) - tally.column_names - {*source.unread}:
-        raise UserError(
-            f"--columns={config.columns}: no row has {', '.join(missing)}; {found_said}"
-        )
+    columns = {**tally.columns, **source.unread}
+    found = f"columns found: {', '.join([*columns][:20]) or 'none'}"
+    if missing := conversations.named(source.reading.columns) - columns.keys():
+        raise UserError(f"--columns={config.columns}: no row has {', '.join(missing)}; {found}")
     if config.split and not source.has_splits:
         config.refuse("split", "no source has several")
     if not tally.n_tokens:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())
         raise UserError(
             f"no usable row in {', '.join(config.source)} ({tally.rows_read} read; "
-            f"{reasons or 'empty'}; {found_said}); other names than those of docs/data.md are said "
+            f"{reasons or 'empty'}; {found}); other names than those of docs/data.md are said "
             "by --columns=user=QUESTION,assistant=REPLY or --columns=text=TEXT"
         )
-    for split, counts in tally.splits().items():
-        if not counts["documents"]:
-            if split_by == "first user turn" and tally.n_documents > 1 and tally.begins_alike:
-                raise OneFirstTurn
+    for number, split in enumerate(bins.SPLITS):
+        if number not in kept["split"]:
             mend = f"another --val_fraction or --seed than {config.val_fraction} and {config.seed}"
-            if tally.n_documents == 1:
+            if len(kept) == 1:
                 mend = "more rows or, for a text, --document_separator='\\n\\n' (empty lines)"
-            n = tally.n_documents
-            raise UserError(f"no document of {n} fell to {split}; {mend} will mend it")
+            raise UserError(f"no document of {len(kept)} fell to {split}; {mend} will mend it")
 
 
 def description(source: sources.Source, config: PrepareConfig) -> dict:

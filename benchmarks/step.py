@@ -58,12 +58,12 @@ def random_bins(data_dir: str, block_size: int, n_rows: int = 64, n_val_rows: in
     generator = np.random.default_rng(0)
     mask = [2 * n >= block_size for n in range(block_size)]
     with bins.BinWriter(data_dir) as writer:
-        for split, count in (("train", n_rows), ("val", n_val_rows)):
-            for _ in range(count + 1):  # a row takes its last target from the next document
-                ids = generator.integers(0, tokenizer.END_OF_TEXT, block_size)
-                ids[-1] = tokenizer.END_OF_TEXT
-                writer.add(split, ids.tolist(), mask)
-        writer.shuffle(seed=0)
+        counts = (n_rows + 1, n_val_rows + 1)  # a row takes its last target from the next document
+        for _ in range(sum(counts)):
+            ids = generator.integers(0, tokenizer.END_OF_TEXT, block_size)
+            ids[-1] = tokenizer.END_OF_TEXT
+            writer.add(ids.tolist(), mask)
+        writer.shuffle(0, np.repeat([0, 1], counts))
         writer.publish({"source": "random tokens"})
     return data_dir
 

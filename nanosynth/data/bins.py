@@ -14,10 +14,10 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from nanosynth.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+BINS = ("train.bin", "val.bin")
 FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
+SPOOLS = ("ids.spool", "mask.spool")  # of all documents, as they were read
 LABELS = ("train_sources.bin", "val_sources.bin")  # of each document its numbers, uint16
 PICTURE = "stats.png"  # may stand beside them
 OUR_MARK = "nanosynth prepare.py"  # in the picture's file
@@ -38,7 +40,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096  # of a bin that looks unchanged
 
 
 class BinWriter:
-    """Collects documents of both splits in reading order, shuffles and publishes them.
+    """Collects documents in reading order, shuffles them into the bins and publishes these.
 
     As a context it removes on leaving, whatever happened, what was not published. It holds the
     folder's lock, and refuses to touch what another has put there.
@@ -51,89 +53,75 @@ class BinWriter:
         if not self._is_new and not self.data_dir.is_dir():
             raise UserError(f"--data_dir={data_dir} is no folder")
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(lock(self.data_dir))
-        try:
-            self._refuse_foreign()
-            self._clear(has_picture)
-        except BaseException:
-            self._stack.close()
-            raise
-        self._spools = {
-            name: open(self.partial / f"{name}.spool", "w+b", buffering=1 << 20) for name in FILES
-        }
-        self.lengths = {split: array("q") for split in SPLITS}  # of documents, in tokens
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock(self.data_dir))
+            self._refuse_foreign(has_picture)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+            self._spools = [open(self.partial / name, "w+b", 1 << 20) for name in SPOOLS]
+            self._stack = stack.pop_all()
+        self._lengths = array("q")  # of documents, in tokens
         self._files: dict[str, dict] = {}  # that are shuffled: bytes and SHA-256
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, has_picture: bool) -> None:
         """Bins of ours have masks, or a meta.json that tells of them; others are not replaced, as
-        nanoGPT's bins or a checkpoint's meta.json.
+        nanoGPT's bins or a checkpoint's meta.json. In `partial` the names tell what is ours.
         """
         masks = (self.data_dir / f"{split}_mask.bin" for split in SPLITS)
-        if _our_meta(self.data_dir) or any(mask.exists() for mask in masks):
-            return
-        for name in ("meta.json", "train.bin", "val.bin"):
-            if os.path.lexists(path := self.data_dir / name):
-                raise UserError(f"{path} is not of prepare.py; name another --data_dir")
-
-    def _clear(self, has_picture: bool) -> None:
-        """Make `partial` anew: what a killed run left there is ours by its names."""
+        if not _our_meta(self.data_dir) and not any(mask.exists() for mask in masks):
+            for name in ("meta.json", "train.bin", "val.bin"):
+                if os.path.lexists(path := self.data_dir / name):
+                    raise UserError(f"{path} is not of prepare.py; name another --data_dir")
         picture = self.data_dir / PICTURE
         self._owns_picture = not picture.exists() or is_our_picture(picture)
         if has_picture and not self._owns_picture:
             raise UserError(f"{picture} is not of prepare.py; move it, or say --picture=False")
         if os.path.lexists(self.partial):
-            spools = [f"{name}.spool" for name in FILES]
-            ours = {*FILES, *spools, *LABELS, PICTURE}
             is_folder = self.partial.is_dir() and not self.partial.is_symlink()
-            if not is_folder or set(os.listdir(self.partial)) - ours:
+            names = os.listdir(self.partial) if is_folder else [""]
+            if {n for n in names if not n.endswith(".spool")} - {*FILES, *LABELS, PICTURE}:
                 raise UserError(f"{self.partial} is not of prepare.py; move it away")
-            shutil.rmtree(self.partial)
-        self.partial.mkdir()
 
-    def add(self, split: str, ids: Sequence[int], mask: Sequence[int]) -> None:
+    def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
         """One document. An id past 65,535 raises instead of wrapping round."""
         if not isinstance(ids, np.ndarray):
             ids = np.array(ids, dtype="<u2")
-        self._spools[f"{split}.bin"].write(ids.astype("<u2", casting="safe", copy=False))
-        self._spools[f"{split}_mask.bin"].write(bytes(mask))
-        self.lengths[split].append(len(ids))
+        self._spools[0].write(ids.astype("<u2", casting="safe", copy=False))
+        self._spools[1].write(bytes(mask))
+        self._lengths.append(len(ids))
 
     def shuffle(
         self,
         seed: int,
-        chosen: Mapping[str, np.ndarray] | None = None,
-        labels: Mapping[str, np.ndarray] | None = None,
+        split: Sequence[int],
+        chosen: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         """Write the bins, still unpublished, in a seeded random order of documents.
 
-        Of each split: `chosen`, (documents,) bool, leaves some out; `labels`, (documents, columns),
-        are written in the same order.
+        Of each document as it was added: `split`, its place in SPLITS; `chosen`, (documents,) bool,
+        leaves some out; `labels`, (documents, columns), are written in the bins' order.
         """
-        for split in SPLITS:
-            lengths = np.frombuffer(self.lengths[split], dtype=np.int64)
-            order = np.random.default_rng(seed).permutation(len(lengths))
-            if chosen:
-                order = order[chosen[split][order]]
-            starts = np.cumsum(lengths) - lengths
-            for name, itemsize in ((f"{split}.bin", 2), (f"{split}_mask.bin", 1)):
-                self._write_shuffled(name, starts[order] * itemsize, lengths[order] * itemsize)
-            if labels:
-                with HashedFile(self.partial / f"{split}_sources.bin") as file:
-                    file.write(labels[split][order].astype("<u2").tobytes())
-                self._files[f"{split}_sources.bin"] = file.summary()
+        lengths = np.frombuffer(self._lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        orders = {}
+        for number, name in enumerate(SPLITS):
+            places = np.flatnonzero(np.equal(split, number))
+            order = places[np.random.default_rng(seed).permutation(len(places))]
+            orders[name] = order if chosen is None else order[chosen[order]]
+        for spool, of, itemsize in zip(self._spools, ("", "_mask"), (2, 1), strict=True):
+            spool.flush()
+            for name, order in orders.items():
+                documents = _stretches(spool, starts[order] * itemsize, lengths[order] * itemsize)
+                self._write(f"{name}{of}.bin", documents)
+            spool.truncate(0)  # for the disk's sake
+        for name, order in orders.items() if labels is not None else ():
+            self._write(f"{name}_sources.bin", [labels[order].astype("<u2").tobytes()])
 
-    def _write_shuffled(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> None:
-        spool = self._spools[name]
-        spool.flush()
+    def _write(self, name: str, parts: Iterable[bytes]) -> None:
         with HashedFile(self.partial / name) as file:
-            for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
-                part = slice(first, first + 4096)
-                places = zip(starts[part].tolist(), lengths[part].tolist(), strict=True)
-                for start, length in places:
-                    file.write(os.pread(spool.fileno(), length, start))
-        spool.close()
-        os.unlink(self.partial / f"{name}.spool")
+            for part in parts:
+                file.write(part)
         self._files[name] = file.summary()
 
     def publish(self, meta: dict) -> None:
@@ -164,7 +152,7 @@ class BinWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for spool in self._spools.values():
+        for spool in self._spools:
             with contextlib.suppress(OSError):  # its last bytes, to a full disk
                 spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -172,6 +160,13 @@ class BinWriter:
         if self._is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 self.data_dir.rmdir()
+
+
+def _stretches(file: BinaryIO, starts: np.ndarray, lengths: np.ndarray) -> Iterator[bytes]:
+    for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
+        part = slice(first, first + 4096)
+        for start, length in zip(starts[part].tolist(), lengths[part].tolist(), strict=True):
+            yield os.pread(file.fileno(), length, start)
 
 
 def is_our_picture(path: Path) -> bool:
@@ -197,56 +192,59 @@ def _our_meta(folder: Path) -> dict:
 def read_meta(data_dir: str) -> dict:
     """meta.json of a complete folder, after checking version, vocabulary and the bins' sizes."""
     path = Path(data_dir) / "meta.json"
-    mend = f"python prepare.py --source=... --data_dir={data_dir}"
     try:
-        meta = json.loads(path.read_bytes())
-        version, vocab_size = meta["format_version"], meta["vocab_size"]
-        files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
-        if sorted(files) != sorted(FILES):
-            raise ValueError("it lists other files")
+        is_nanogpt = not path.exists() and all((path.parent / name).is_file() for name in BINS)
+        return _nanogpt_meta(path.parent) if is_nanogpt else _checked_meta(path)
+    except UserError as error:
+        said = str(error)
     except FileNotFoundError:
-        if all((path.parent / f"{split}.bin").is_file() for split in SPLITS):
-            return _nanogpt_meta(path.parent, mend)
-        raise UserError(f"no prepared data in {data_dir!r} (no meta.json); run: {mend}") from None
+        said = f"no prepared data in {data_dir!r} (no meta.json)"
     except OSError as error:
-        raise UserError(f"no prepared data in {data_dir!r}: {error}; run: {mend}") from None
+        said = f"no prepared data in {data_dir!r}: {error}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a bin description ({error!r}); run: {mend}") from None
-    if (version, vocab_size) != (FORMAT_VERSION, VOCAB_SIZE):
-        has = f"format {version}, vocabulary {vocab_size}"
-        wanted = f"format {FORMAT_VERSION}, vocabulary {VOCAB_SIZE}"
-        raise UserError(f"{path} has {has}; wanted {wanted}; run: {mend}")
-    for name, wanted_bytes in files.items():
+        said = f"{path} is not a bin description ({error!r})"
+    raise UserError(f"{said}; run: python prepare.py --source=... --data_dir={data_dir}")
+
+
+def _checked_meta(path: Path) -> dict:
+    meta = json.loads(path.read_bytes())
+    has = (meta["format_version"], meta["vocab_size"])
+    files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
+    if sorted(files) != sorted(FILES):
+        raise ValueError("it lists other files")
+    if has != (FORMAT_VERSION, VOCAB_SIZE):
+        said = "{} has format {}, vocabulary {}; wanted format {}, vocabulary {}"
+        raise UserError(said.format(path, *has, FORMAT_VERSION, VOCAB_SIZE))
+    for name, wanted in files.items():
         bin_path = path.parent / name
         size = bin_path.stat().st_size if bin_path.is_file() else 0
-        if size != wanted_bytes:
-            raise UserError(f"{bin_path} has {size} bytes, not {wanted_bytes}; run: {mend}")
+        if size != wanted:
+            raise UserError(f"{bin_path} has {size} bytes, not {wanted}")
     for split in SPLITS:
         n_ids, n_mask = files[f"{split}.bin"], files[f"{split}_mask.bin"]  # bytes
         if n_ids != 2 * n_mask:
             said = f"{split}.bin has {n_ids} bytes, {split}_mask.bin {n_mask}; wanted 2 to 1"
-            raise UserError(f"{path}: {said}; run: {mend}")
+            raise UserError(f"{path}: {said}")
     return meta
 
 
-def _nanogpt_meta(folder: Path, mend: str) -> dict:
+def _nanogpt_meta(folder: Path) -> dict:
     """What a meta.json would say of nanoGPT's bins, which have none: text, without masks."""
     for name, what in {
         "train_mask.bin": "half a preparation (no meta.json)",
         "meta.pkl": "a vocabulary of its own (meta.pkl), which is not GPT-2's",
     }.items():
         if (folder / name).exists():
-            raise UserError(f"{str(folder)!r} holds {what}; run: {mend}")
-    names = [f"{split}.bin" for split in SPLITS]
+            raise UserError(f"{str(folder)!r} holds {what}")
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
-        for name, sha256 in _sha256s(folder, names, always=False).items()
+        for name, sha256 in _sha256s(folder, BINS, always=False).items()
     }
     return {"format_version": FORMAT_VERSION, "source": "nanoGPT's bins", "files": files}
 
 
-def _check_whole(folder: Path, files: dict, *, always: bool) -> None:
-    """Refuse bins whose content is not what meta.json says, by SHA-256."""
+def _check_whole(folder: Path, files: dict, *, always: bool = False) -> None:
+    """Refuse files whose content is not what meta.json says, by SHA-256."""
     for name, sha256 in _sha256s(folder, files, always=always).items():
         if sha256 != files[name]["sha256"]:
             raise UserError(f"{folder / name} has changed since it was prepared; prepare it again")
@@ -348,14 +346,9 @@ class Split:
         entry = self.meta.get("label_files", {}).get(path.name)
         if not entry:
             return {}
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; prepare it again") from None
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise UserError(f"{path} has changed since it was prepared; prepare it again")
+        _check_whole(path.parent, {path.name: entry})
         names = self.meta["label_names"]
-        numbers = np.frombuffer(data, dtype="<u2").reshape(-1, len(names))
+        numbers = np.fromfile(path, dtype="<u2").reshape(-1, len(names))
         return {use: (names[use], numbers[:, place]) for place, use in enumerate(names)}
 
 

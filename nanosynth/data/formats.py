@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +37,7 @@ END_OF_FILE = b"\xff"  # a byte that UTF-8 never has
 LONGEST = 1 << 28  # bytes of a line, or of a document of text
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reading:
     """What the user says of the sources."""
 
@@ -54,12 +54,21 @@ class Reading:
 
 
 @dataclass
-class Progress:
-    """How far a file was read, and how many rows had text in columns that were not read."""
+class Part:
+    """One file, or one data set of the hub, and what its reading has found so far."""
 
-    position: int = 0  # bytes
-    unread: Counter[str] = field(default_factory=Counter)
+    name: str
+    identity: dict  # what names these very rows: source, and its revision or SHA-256
+    size: int | None  # in `unit`; None: not known before it was read
+    unit: str  # 'B' or 'rows'
+    read: Callable[["Part"], Iterator[object]]
+    reading: Reading
+    path: Path | None = None  # of a file
     has_splits: bool = False  # of which --split has named one
+    number: int = 0  # among the parts
+    source: int = 0  # the number of its --source
+    position: int = 0  # how far it was read, in `unit`
+    unread: Counter[str] = field(default_factory=Counter)  # rows by column of text that is not read
 
 
 def kind_of(path: Path) -> str:
@@ -70,9 +79,9 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else ""
 
 
-def rows(raw: BinaryIO, path: Path, reading: Reading, progress: Progress) -> Iterator[object]:
+def rows(raw: BinaryIO, part: Part) -> Iterator[object]:
     """The rows of an opened file."""
-    kind, file = kind_of(path), raw
+    path, kind, file = part.path, kind_of(part.path), raw
     for magic, compression in COMPRESSIONS.items():
         if raw.peek(8).startswith(magic):
             file = _decompressed(raw, compression)
@@ -81,13 +90,16 @@ def rows(raw: BinaryIO, path: Path, reading: Reading, progress: Progress) -> Ite
         if head[:64].lower().startswith(magic):
             raise UserError(f"{path} is {name}; wanted a {', '.join(KINDS)} file")
     if head.startswith(b"PAR1") or kind == ".parquet":
-        return _parquet_rows(file, path, reading, progress)
+        yield from _parquet_rows(file, part)
+        return
     if head.startswith(b"ARROW1") or kind == ".arrow":
-        return _arrow_rows(file, raw, path, reading, progress)
-    utf8.check(head, path)
-    if kind == ".txt":
-        return _documents(file, raw, path, reading, progress)
-    return _json_rows(file, raw, path, reading, progress)
+        found = _arrow_rows(file, part)
+    else:
+        utf8.check(head, path)
+        found = _documents(file, part) if kind == ".txt" else _json_rows(file, part)
+    for row in found:
+        part.position = raw.tell()
+        yield row
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -98,42 +110,41 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     return io.BufferedReader(stream, HEAD_BYTES)
 
 
-def _json_rows(
-    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
-) -> Iterator[object]:
+def _is_compressed(file: BinaryIO) -> bool:
+    return not isinstance(file.raw, io.FileIO)
+
+
+def _json_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     head = file.peek(HEAD_BYTES)[:HEAD_BYTES].decode("utf-8", "surrogateescape")
     form = json_array.form_of(head)
     first = head.lstrip("\ufeff \t\r\n")[:1]
-    if form == "lines" and (first == "{" or kind_of(path) != ".json"):
-        return _unwrapped(_lines(file, raw, path, progress), path, reading, progress)
-    read = json_array.values if form == "values" else json_array.items
-    found = _values(read(file), raw, path, progress, "" if file is raw else ", decompressed")
-    return _unwrapped(found, path, reading, progress) if form == "values" else found
+    if form == "lines" and (first == "{" or kind_of(part.path) != ".json"):
+        return _unwrapped(_lines(file, part), part)
+    if form == "values":
+        return _unwrapped(_values(json_array.values(file), file, part), part)
+    return _values(json_array.items(file), file, part)
 
 
-def _values(
-    found: Iterator[object], raw: BinaryIO, path: Path, progress: Progress, how: str
-) -> Iterator[object]:
+def _values(found: Iterator[object], file: BinaryIO, part: Part) -> Iterator[object]:
     n_rows = 0
     try:
         for row in found:
-            progress.position = raw.tell()
             n_rows += 1
             yield row
     except json_array.BrokenJson as error:
-        size = how or f" of {path.stat().st_size}"
-        where = f"after {n_rows} rows, near byte {error.offset}{size}"
-        raise UserError(f"{path}: broken JSON {where}: {error}") from None
+        of = "the decompressed text" if _is_compressed(file) else part.size
+        where = f"after {n_rows} rows, near byte {error.offset} of {of}"
+        raise UserError(f"{part.path}: broken JSON {where}: {error}") from None
 
 
-def _lines(file: BinaryIO, raw: BinaryIO, path: Path, progress: Progress) -> Iterator[object]:
+def _lines(file: BinaryIO, part: Part) -> Iterator[object]:
     """One row a line; blank lines are no rows, and a line that is not JSON comes as a Reject."""
-    n_lines = 0
-    while line := file.readline(LONGEST):
-        n_lines += 1
-        progress.position = raw.tell()
+    for number in itertools.count(1):
+        line = file.readline(LONGEST)
         if len(line) == LONGEST:
-            raise UserError(f"{path}: line {n_lines} is longer than {LONGEST >> 20} MB")
+            raise UserError(f"{part.path}: line {number} is longer than {LONGEST >> 20} MB")
+        if not line:
+            return
         line = line.removeprefix(b"\xef\xbb\xbf").strip()
         if line:
             # Bytes that are not UTF-8 come as lone surrogates, which no conversation may have.
@@ -144,18 +155,16 @@ def _lines(file: BinaryIO, raw: BinaryIO, path: Path, progress: Progress) -> Ite
                 yield Reject("line is not JSON", words=text[:1000])
 
 
-def _unwrapped(
-    found: Iterator[object], path: Path, reading: Reading, progress: Progress
-) -> Iterator[object]:
+def _unwrapped(found: Iterator[object], part: Part) -> Iterator[object]:
     """`found`, or the rows within it where it is one object around them."""
-    first = list(itertools.islice(found, 2))
-    lists = dict(_lists_of_rows(first[0], reading)) if len(first) == 1 else {}
+    first, split = list(itertools.islice(found, 2)), part.reading.split
+    lists = dict(_lists_of_rows(first[0], part.reading)) if len(first) == 1 else {}
     if len(lists) > 1:
-        progress.has_splits = True
-        if reading.split not in lists:
+        part.has_splits = True
+        if split not in lists:
             names = ", ".join(lists)
-            raise UserError(f"{path} has several lists of rows ({names}); name one by --split")
-        lists = {reading.split: lists[reading.split]}
+            raise UserError(f"{part.path} has several lists of rows ({names}); name one by --split")
+        lists = {split: lists[split]}
     yield from next(iter(lists.values()), itertools.chain(first, found))
 
 
@@ -182,20 +191,17 @@ def _lists_of_rows(value: object, reading: Reading) -> Iterator[tuple[str, list]
     yield from [(name, rows) for name, rows in found if reading.may_be_row(rows[0])] or found
 
 
-def _documents(
-    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
-) -> Iterator[object]:
+def _documents(file: BinaryIO, part: Part) -> Iterator[object]:
     """The texts between separators, as they stand; a blank one is none."""
-    separator = _separator(reading.separator)
+    separator = _separator(part.reading.separator)
     rest, block = file.read(3).removeprefix(b"\xef\xbb\xbf"), b"..."
     while block:
         # As much again as waits, so that a document of any size takes linear time.
         block = file.read(max(HEAD_BYTES, len(rest)))
-        progress.position = raw.tell()
         *whole, rest = separator.split(rest + (block or END_OF_FILE))
         if len(rest) > LONGEST:
             mend = "part them by --document_separator"
-            raise UserError(f"{path}: wanted documents of at most {LONGEST >> 20} MB; {mend}")
+            raise UserError(f"{part.path}: wanted documents of at most {LONGEST >> 20} MB; {mend}")
         for text in whole if block else (*whole, rest.removesuffix(END_OF_FILE)):
             if text.strip():
                 yield PlainText(text.decode("utf-8", "surrogateescape"))
@@ -211,32 +217,29 @@ def _separator(text: str) -> re.Pattern[bytes]:
     return re.compile(pattern)
 
 
-def _parquet_rows(
-    file: BinaryIO, path: Path, reading: Reading, progress: Progress
-) -> Iterator[object]:
+def _parquet_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     """Of the columns that may be used, and no others: what stands in those can do no harm."""
     import pyarrow
     import pyarrow.parquet
 
-    size = path.stat().st_size
     with tempfile.TemporaryFile() as copy:
-        if not isinstance(file.raw, io.FileIO):  # a compressed one: it is read from its end
+        if _is_compressed(file):  # it is read from its end
             shutil.copyfileobj(file, copy, HEAD_BYTES)
             file = copy
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            schema, total, n_rows = table.schema_arrow, table.metadata.num_rows, 0
-            wanted = [name for name in schema.names if reading.takes(name)]
-            progress.unread.update(_unread(table, wanted))
+            total, n_rows = table.metadata.num_rows, 0
+            wanted = [name for name in table.schema_arrow.names if part.reading.takes(name)]
+            part.unread.update(_unread(table, wanted))
             for batch in table.iter_batches(batch_size=1024, columns=wanted):
                 n_rows += batch.num_rows
-                progress.position = size * n_rows // total
+                part.position = part.size * n_rows // total
                 yield from _batch_rows(batch)
         except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file: {error}") from error
+            raise UserError(f"{part.path}: not a readable parquet file: {error}") from error
 
 
-def _unread(table: object, wanted: list[str]) -> dict[str, int]:
+def _unread(table: object, wanted: list[str]) -> Counter[str]:
     """How many rows have text in each column that is not read, as the file's statistics say; of a
     nested one, and where they say nothing: all.
     """
@@ -247,9 +250,8 @@ def _unread(table: object, wanted: list[str]) -> dict[str, int]:
         columns = (group.column(place) for place in range(group.num_columns))
         known = {c.path_in_schema: c.statistics for c in columns if c.is_stats_set}
         for name in texts:
-            found[name] += group.num_rows
-            if name in known and known[name].has_null_count:
-                found[name] -= known[name].null_count
+            has_count = name in known and known[name].has_null_count
+            found[name] += group.num_rows - (known[name].null_count if has_count else 0)
     return +found
 
 
@@ -262,9 +264,7 @@ def _has_text(kind: object) -> bool:
     return is_text or any(_has_text(kind.field(place).type) for place in range(kind.num_fields))
 
 
-def _arrow_rows(
-    file: BinaryIO, raw: BinaryIO, path: Path, reading: Reading, progress: Progress
-) -> Iterator[object]:
+def _arrow_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     """What `datasets` writes, a stream of batches, or an Arrow file, which may be mapped."""
     import pyarrow
     import pyarrow.ipc
@@ -275,16 +275,15 @@ def _arrow_rows(
             batches = map(table.get_batch, range(table.num_record_batches))
         else:
             table = batches = pyarrow.ipc.open_stream(file)
-        kinds = {column.name: column.type for column in table.schema}
-        places = [n for n, name in enumerate(table.schema.names) if reading.takes(name)]
+        wanted = [n for n, name in enumerate(table.schema.names) if part.reading.takes(name)]
+        texts = [n for n, kind in enumerate(table.schema.types) if _has_text(kind)]
         for batch in batches:
-            progress.position = raw.tell()
-            for name, column in zip(table.schema.names, batch.columns, strict=True):
-                if not reading.takes(name) and _has_text(kinds[name]):
-                    progress.unread[name] += len(column) - column.null_count
-            yield from _batch_rows(batch.select(places))
+            for place in {*texts} - {*wanted}:
+                n_texts = batch.num_rows - batch.column(place).null_count
+                part.unread[batch.schema.names[place]] += n_texts
+            yield from _batch_rows(batch.select(wanted))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable Arrow file: {error}") from error
+        raise UserError(f"{part.path}: not a readable Arrow file: {error}") from error
 
 
 def _batch_rows(batch: object) -> Iterator[object]:

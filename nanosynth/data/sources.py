@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanosynth import UserError
 from nanosynth.data import formats
 from nanosynth.data.conversations import PlainText
-from nanosynth.data.formats import Progress, Reading
+from nanosynth.data.formats import Part, Reading
 
 OPENHERMES = "teknium/OpenHermes-2.5"
 # The data has one file, unchanged since 2023-11-12; later revisions touch its card alone.
@@ -42,26 +42,11 @@ SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved s
 
 
 @dataclass
-class Part:
-    """One file, or one data set of the hub."""
-
-    name: str
-    identity: dict  # what names these very rows: source, and its revision or SHA-256
-    size: int | None  # in `unit`; None: not known before it was read
-    unit: str  # 'B' or 'rows'
-    read: Callable[[Progress], Iterator[object]]
-    path: Path | None = None  # of a file
-    has_splits: bool = False  # of which --split has named one
-    number: int = 0  # among the parts
-    source: int = 0  # the number of its --source
-    progress: Progress = field(default_factory=Progress, init=False)
-
-
-@dataclass
 class Source:
     """All rows, part after part; `rows()` reads anew."""
 
     parts: list[Part]
+    reading: Reading
     left_out: Counter[str] = field(default_factory=Counter)  # files and folders within folders
     part: Part = field(init=False)  # that the last row came from
     row: int = field(default=0, init=False)  # its number there, from 1
@@ -80,10 +65,10 @@ class Source:
     def rows(self) -> Iterator[object]:
         self.n_rows = 0
         for part in self.parts:
-            part.progress = Progress()
+            part.position, part.unread = 0, Counter()
         for part in self.parts:
             self.part, self.row = part, 0
-            for row in part.read(part.progress):
+            for row in part.read(part):
                 self.row += 1
                 self.n_rows += 1
                 yield row
@@ -96,18 +81,16 @@ class Source:
     @property
     def position(self) -> int:
         """How far it was read, in `unit`."""
-        if not self._has_one_unit:
-            return self.n_rows
-        return sum(part.progress.position for part in self.parts)
+        return sum(part.position for part in self.parts) if self._has_one_unit else self.n_rows
 
     @property
     def unread(self) -> Counter[str]:
         """Rows by the name of a column that holds text and was not read."""
-        return sum((part.progress.unread for part in self.parts), Counter())
+        return sum((part.unread for part in self.parts), Counter())
 
     @property
     def has_splits(self) -> bool:
-        return any(part.has_splits or part.progress.has_splits for part in self.parts)
+        return any(part.has_splits for part in self.parts)
 
     @property
     def identity(self) -> dict:
@@ -133,7 +116,7 @@ def open_sources(
         parts += found
     if not parts:
         raise UserError("no source; wanted --source=FILE, a folder or a hub id")
-    return Source(parts, left_out)
+    return Source(parts, reading, left_out)
 
 
 def _parts(name: str, revision: str, reading: Reading, left_out: Counter[str]) -> list[Part]:
@@ -239,20 +222,21 @@ def _file(path: Path, name: str, reading: Reading) -> Part:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def read(progress: Progress) -> Iterator[object]:
+    def read(part: Part) -> Iterator[object]:
         with open(path, "rb", buffering=formats.HEAD_BYTES) as raw:
             try:
-                yield from formats.rows(raw, path, reading, progress)
+                yield from formats.rows(raw, part)
             except OSError as error:
-                where = f"near byte {raw.tell()} of {before.st_size}"
+                where = f"near byte {raw.tell()} of {part.size}"
                 raise UserError(f"{path}: cannot be read {where}: {error}") from error
         after = path.stat()
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            sizes = f"{after.st_size} bytes at its end, {before.st_size} at first"
+        if (after.st_size, after.st_mtime_ns) != (part.size, before.st_mtime_ns):
+            sizes = f"{after.st_size} bytes at its end, {part.size} at first"
             raise UserError(f"{path} changed while it was read ({sizes}); prepare it again")
-        progress.position = before.st_size
+        part.position = part.size
 
-    return Part(name, {"source": name, "sha256": sha256}, before.st_size, "B", read, path)
+    identity = {"source": name, "sha256": sha256}
+    return Part(name, identity, before.st_size, "B", read, reading, path)
 
 
 def _hub(name: str, revision: str, reading: Reading) -> Part:
@@ -274,17 +258,16 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
     size = splits[split].num_examples or None if split in splits else None
     is_wikitext = name.endswith("/wikitext")
 
-    def read(progress: Progress) -> Iterator[object]:
+    def read(part: Part) -> Iterator[object]:
         with _hub_errors(name, revision):
-            for row in _articles(table) if is_wikitext else table:
-                progress.position += 1
+            for part.position, row in enumerate(_articles(table) if is_wikitext else table, 1):
                 yield row
 
     identity = {"source": name, "revision": commit}
     named = {"config": config, "split": reading.split}
     identity |= {key: value for key, value in named.items() if value}
     size = None if is_wikitext else size
-    return Part(name, identity, size, "rows", read, has_splits=True)
+    return Part(name, identity, size, "rows", read, reading, has_splits=True)
 
 
 def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:

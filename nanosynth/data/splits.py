@@ -1,10 +1,13 @@
 """What keeps training and validation apart: each conversation once, and its side of the split."""
 
 import hashlib
+import math
 import unicodedata
 from collections.abc import Sequence
 
-from nanosynth.tokenizer import Turn
+import numpy as np
+
+from nanosynth.tokenizer import TEXT, Turn
 
 
 def digest_of(turns: Sequence[Turn]) -> bytes:
@@ -21,10 +24,26 @@ def normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def split_of(first_user_turn: str, val_fraction: float, seed: int) -> str:
-    """'val' or 'train' by a hash of the turn, so it depends neither on row order nor on other rows.
+def _key(text: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}\n{normal(text)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
-    Variants of one prompt stay on one side.
+
+def keys_of(turns: Sequence[Turn], seed: int) -> tuple[int, int]:
+    """64-bit hashes of the first user turn and of all user turns; variants of a text have one."""
+    asked = [text for role, text in turns if role in ("user", TEXT)]
+    first = _key(asked[0], seed)
+    return first, first if len(asked) == 1 else _key("\n".join(asked), seed)
+
+
+def assign(documents: np.ndarray, val_fraction: float) -> str:
+    """Set 'split', 0 or 1 for validation, by the key 'first_turn'; what it was set by.
+
+    So it depends neither on row order nor on other rows, and variants of one prompt stay on one
+    side. Where all documents begin alike, as with one history, it is set by 'all_turns'.
     """
-    digest = hashlib.sha256(f"{seed}\n{normal(first_user_turn)}".encode()).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+    first = documents["first_turn"]
+    begin_alike = len(first) > 1 and (first == first[0]).all()
+    keys = documents["all_turns"] if begin_alike else first
+    documents["split"] = keys < np.uint64(math.ceil(val_fraction * 2**64))
+    return "all user turns" if begin_alike else "first user turn"

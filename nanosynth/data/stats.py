@@ -3,16 +3,20 @@
 Counted document by document in little memory; told as meta.json's figures, a table and a picture.
 """
 
+import json
+import struct
 import textwrap
 import warnings
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from nanosynth.data.bins import OUR_MARK, SPLITS
+from nanosynth.data.conversations import Reject, first_words
+from nanosynth.data.sources import REJECT_KEYS
 from nanosynth.table import table
 from nanosynth.tokenizer import Turn
 
@@ -20,125 +24,102 @@ MOST_NAMES = 1000  # of sources, and of categories, that are told apart; further
 MOST_REASONS = 100  # to leave a row out that are told apart by the name of what is at fault
 OTHERS = "(others)"
 COLUMNS = 80  # of the terminal
+# What is known of each document. The letters of the types are struct's and numpy's alike.
+FIELDS = {
+    **{"split": "b", "first_turn": "Q", "all_turns": "Q"},  # the keys that splits.py assigns it by
+    **{"tokens": "i", "assistant_tokens": "i", "turns": "i", "text_bytes": "q"},
+    **{"source": "H", "category": "H"},  # their numbers in Tally.names
+    **{"part": "i", "row": "q"},  # where it was read
+}
+RECORD = struct.Struct(f"={''.join(FIELDS.values())}")
 
 
 class Tally:
     """What was read, kept and dropped, and what the documents are like, in some bytes for each."""
 
-    def __init__(self):
-        self.rows_read = 0
+    def __init__(self, rejects: TextIO | None):
+        """`rejects` takes a JSON line for each row that is left out."""
+        self.rows_read = self.n_tokens = 0
         self.dropped: Counter[str] = Counter()
         self.troubles: Counter[str] = Counter()  # of unique conversations, whether dropped or not
-        self.columns: Counter[str] = Counter()  # that hold something, of the first rows
-        self.column_names: set[str] = set()  # of all rows
+        self.columns: dict[str, None] = {}  # that hold something
         self.unused: Counter[str] = Counter()  # columns that held text in vain, of usable rows
         self.names: dict[str, dict[str, int]] = {"source": {}, "category": {}}  # name -> number
-        # Of each document, in the order in which they were added.
-        self._documents = {
-            **{"split": array("b"), "tokens": array("i"), "assistant_tokens": array("i")},
-            **{"turns": array("i"), "text_bytes": array("q")},
-            **{"source": array("H"), "category": array("H")},
-            **{"part": array("i"), "row": array("q")},  # where it was read
-        }
-        self.n_documents = self.n_tokens = 0
-        self.begins_alike, self._beginning = True, ""  # of all documents, in their first user turn
-        self.weighted: list[dict] = []  # of each source: its share of training tokens, and wanted
-        self.chosen: np.ndarray | None = None  # (documents,) bool; None: all
+        self._rejects = rejects
+        self._records = bytearray()
 
     def see(self, row: object) -> None:
-        """One row that was read, whatever it holds; the columns of many stand for those of all."""
+        """One row that was read, whatever it holds."""
         self.rows_read += 1
-        if isinstance(row, dict):
-            self.column_names.update(row)
-            if self.rows_read <= 100_000:
-                self.columns.update(key for key, value in row.items() if value is not None)
+        if isinstance(row, dict) and not row.keys() <= self.columns.keys():
+            self.columns |= {name: None for name, value in row.items() if value is not None}
 
-    def drop(self, reason: str, kind: str) -> None:
-        """One row that was left out, counted under its reason or, past many of those, its kind."""
+    def drop(self, reject: Reject, file: str, number: int, row: object) -> None:
+        """One row that is left out, counted under its reason or, past many of those, its kind."""
+        reason = str(reject)
         is_told = reason in self.dropped or len(self.dropped) < MOST_REASONS
-        self.dropped[reason if is_told else kind] += 1
+        self.dropped[reason if is_told else reject.reason] += 1
+        if self._rejects:
+            values = (file, number, reason, first_words(row))
+            line = dict(zip(REJECT_KEYS, values, strict=True))
+            self._rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def count(
-        self, split: str, turns: list[Turn], names: tuple, place: tuple, mask: np.ndarray
+        self, keys: tuple, turns: Sequence[Turn], names: tuple, place: tuple, mask: np.ndarray
     ) -> None:
         """One document; `names` are its row's source and category, `place` is its part and row."""
-        values = {
-            "split": SPLITS.index(split),
-            "tokens": len(mask),
-            "assistant_tokens": int(np.count_nonzero(mask)),
-            "turns": len(turns),
-            "text_bytes": sum(len(text.encode()) for _, text in turns),
-            **{"part": place[0], "row": place[1]},
-        }
-        for (use, numbers), name in zip(self.names.items(), names, strict=True):
-            if name not in numbers and len(numbers) >= MOST_NAMES:
+        numbers = []
+        for known, name in zip(self.names.values(), names, strict=True):
+            if name not in known and len(known) >= MOST_NAMES:
                 name = OTHERS
-            values[use] = numbers.setdefault(name, len(numbers))
-        for key, value in values.items():
-            self._documents[key].append(value)
-        self.n_documents += 1
+            numbers.append(known.setdefault(name, len(known)))
+        text_bytes = sum(len(text.encode()) for _, text in turns)
+        sizes = (len(mask), int(np.count_nonzero(mask)), len(turns), text_bytes)
+        self._records += RECORD.pack(0, *keys, *sizes, *numbers, *place)
         self.n_tokens += len(mask)
-        if self.begins_alike:
-            beginning = next(text for role, text in turns if role != "system")
-            self.begins_alike = beginning == (self._beginning or beginning)
-            self._beginning = beginning
 
-    def column(self, name: str) -> np.ndarray:
-        """A value of each document that is kept."""
-        values = np.array(self._documents[name])
-        return values if self.chosen is None else values[self.chosen]
+    def documents(self) -> np.ndarray:
+        """(documents,) of the dtype FIELDS, as they were counted; 'split' is 0 until it is set."""
+        return np.frombuffer(self._records, dtype=list(FIELDS.items()))
 
-    def by_split(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """A value of each document that was added, as the bins' writer has them."""
-        splits = np.array(self._documents["split"])
-        return {name: values[splits == number] for number, name in enumerate(SPLITS)}
-
-    def labels(self) -> dict[str, np.ndarray]:
-        """(documents, 2) of each split: the numbers of source and category."""
-        return self.by_split(np.stack([self._documents[use] for use in self.names], axis=1))
-
-    def splits(self) -> dict[str, dict[str, int]]:
-        counted = ("tokens", "assistant_tokens", "text_bytes")
-        found = {}
-        for number, name in enumerate(SPLITS):
-            inside = self.column("split") == number
-            sums = {key: int(self.column(key)[inside].sum()) for key in counted}
-            found[name] = {"documents": int(inside.sum()), **sums}
-        return found
-
-    def shares(self, use: str) -> dict[str, list[int]]:
-        """[documents, tokens] by the name of a source or category, the largest first."""
-        n_names = len(self.names[use])
-        documents = np.bincount(self.column(use), minlength=n_names).tolist()
-        tokens = np.bincount(self.column(use), self.column("tokens"), n_names).astype(int).tolist()
-        found = zip(self.names[use], zip(documents, tokens, strict=True), strict=True)
-        return dict(largest_first({name: [*share] for name, share in found if share[0]}))
-
-    def figures(self) -> dict:
-        """Of meta.json."""
-        tokens, turns = self.column("tokens"), self.column("turns")
-        by_turns = Counter(turns.tolist())
-        figures = {
+    def figures(self, kept: np.ndarray) -> dict:
+        """Of meta.json; `kept` are the documents in the bins."""
+        n_turns, n_documents = np.unique(kept["turns"], return_counts=True)
+        return {
             "rows_read": self.rows_read,
             "rows_kept": self.rows_read - self.dropped.total(),
             "rows_dropped": dict(self.dropped.most_common()),
             "troubles": dict(self.troubles),
             "unused_columns": dict(self.unused.most_common()),
-            "splits": self.splits(),
-            "document_tokens": quantiles(tokens),
-            "document_turns": quantiles(turns),
-            "documents_by_turns": {str(n): by_turns[n] for n in sorted(by_turns)},
-            "assistant_share": quantiles(self.column("assistant_tokens") / tokens),
+            "splits": {name: sums(kept[kept["split"] == n]) for n, name in enumerate(SPLITS)},
+            "document_tokens": quantiles(kept["tokens"]),
+            "document_turns": quantiles(kept["turns"]),
+            "documents_by_turns": dict(
+                zip(map(str, n_turns.tolist()), n_documents.tolist(), strict=True)
+            ),
+            "assistant_share": quantiles(kept["assistant_tokens"] / kept["tokens"]),
             "label_names": {use: list(numbers) for use, numbers in self.names.items()},
+            **{f"by_{use}": self._by(use, kept) for use in self.names},
         }
-        if self.weighted:
-            figures["weighted"] = self.weighted
-        for use in self.names:
-            figures[f"by_{use}"] = {
-                name: {"documents": documents, "tokens": n}
-                for name, (documents, n) in self.shares(use).items()
-            }
-        return figures
+
+    def _by(self, use: str, kept: np.ndarray) -> dict[str, dict[str, int]]:
+        """Documents and tokens by the name of a source or category, the most tokens first."""
+        names = self.names[use]
+        tokens = np.bincount(kept[use], kept["tokens"], len(names)).astype(int).tolist()
+        documents = np.bincount(kept[use], minlength=len(names)).tolist()
+        found = sorted(zip(tokens, names, documents, strict=True), key=lambda n: (-n[0], n[1]))
+        return {name: {"documents": n, "tokens": total} for total, name, n in found if n}
+
+
+def sums(documents: np.ndarray) -> dict[str, int]:
+    counted = ("tokens", "assistant_tokens", "text_bytes")
+    return {"documents": len(documents), **{key: int(documents[key].sum()) for key in counted}}
+
+
+def quantiles(values: np.ndarray) -> dict[str, int | float]:
+    percentiles = {f"p{q}": np.percentile(values, q) for q in (1, 10, 50, 90, 99, 100)}
+    is_whole = np.issubdtype(values.dtype, np.integer)
+    return {name: int(v) if is_whole else round(float(v), 4) for name, v in percentiles.items()}
 
 
 def weighted_choice(
@@ -160,22 +141,11 @@ def weighted_choice(
     return chosen
 
 
-def largest_first(shares: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
-    """[name, [documents, tokens]] by tokens, equal ones by name."""
-    return sorted(shares.items(), key=lambda item: (-item[1][1], item[0]))
-
-
-def quantiles(values: np.ndarray) -> dict[str, int | float]:
-    percentiles = {f"p{q}": np.percentile(values, q) for q in (1, 10, 50, 90, 99, 100)}
-    is_whole = np.issubdtype(values.dtype, np.integer)
-    return {name: int(v) if is_whole else round(float(v), 4) for name, v in percentiles.items()}
-
-
 def summary(meta: dict) -> str:
     """The figures of meta.json for a terminal."""
-    rows = [("rows read", meta["rows_read"]), ("rows kept", meta["rows_kept"])]
-    rows += [(f"  dropped: {reason}", n) for reason, n in meta["rows_dropped"].items()]
-    rows += [(f"  seen: {trouble}", n) for trouble, n in meta["troubles"].items()]
+    rows = {"rows read": meta["rows_read"], "rows kept": meta["rows_kept"]}
+    rows |= {f"  dropped: {reason}": n for reason, n in meta["rows_dropped"].items()}
+    rows |= {f"  seen: {trouble}": n for trouble, n in meta["troubles"].items()}
     splits = [meta["splits"][split] for split in SPLITS]
     sizes = [[key.replace("_", " "), *(f"{s[key]:,}" for s in splits)] for key in splits[0]]
     ratios = [f"{s['text_bytes'] / s['tokens']:.2f}" for s in splits]
@@ -184,46 +154,48 @@ def summary(meta: dict) -> str:
         ("turns a document", meta["document_turns"], "{:,}"),
         ("assistant's share of tokens", meta["assistant_share"], "{:.0%}"),
     )
-    percentiles = [name.removeprefix("p") for name in meta["document_tokens"]]
     parts = [
-        table([[name, f"{n:,}"] for name, n in rows]),
+        table([[name, f"{n:,}"] for name, n in rows.items()]),
         table([["", *SPLITS], *sizes, ["bytes of text a token", *ratios]]),
         table(
-            [["percentile", *percentiles]]
+            [["percentile", *(name.removeprefix("p") for name in meta["document_tokens"])]]
             + [[name, *map(form.format, values.values())] for name, values, form in spreads]
         ),
-        "\n".join(_shares(meta, name) for name in ("source", "category")),
     ]
-    parts += filter(None, [_listed(told, meta.get(name, {})) for name, told in LISTED.items()])
-    if weighted := meta.get("weighted"):
-        shares = (f"{w['source']} {w['share']:.1%} ({w['wanted']:.1%} wanted)" for w in weighted)
-        parts.append(_filled(f"training tokens by --weights: {', '.join(shares)}"))
+    for title, values in _lists(meta).items():
+        said = f"{title}: {', '.join(f'{name} {value}' for name, value in values.items())}"
+        wrapped = textwrap.fill(said, COLUMNS, subsequent_indent="  ", break_long_words=False)
+        parts += [wrapped] if values else []
     if leaks := meta.get("leak_check"):
         parts.append(_leaks(leaks))
     return "\n\n".join(parts)
 
 
-def _shares(meta: dict, name: str, most: int = 6) -> str:
-    """The largest shares of all tokens, by source or category."""
-    n_tokens = sum(counts["tokens"] for counts in meta["splits"].values())
-    shares = [f"{key} {n['tokens'] / n_tokens:.1%}" for key, n in meta[f"by_{name}"].items()]
-    more = [f"{len(shares) - most} more"] if len(shares) > most else []
-    return _filled(f"tokens by {name}: {', '.join(shares[:most] + more)}")
+def _lists(meta: dict) -> dict[str, dict[str, str]]:
+    """What is told as 'NAME VALUE, NAME VALUE', by its title."""
+    shown = {
+        f"tokens by {use}": {name: f"{share:.1%}" for name, share in shares(meta, use, most=6)}
+        for use in ("source", "category")
+    }
+    for key, title in {
+        "unused_columns": "columns that held text and were not used, and their rows",
+        "left_out": "left out of the folders",
+    }.items():
+        shown[title] = {name: f"{n:,}" for name, n in meta.get(key, {}).items()}
+    shown["training tokens by --weights"] = {
+        w["source"]: f"{w['share']:.1%} ({w['wanted']:.1%} wanted)"
+        for w in meta.get("weighted", [])
+    }
+    return shown
 
 
-LISTED = {  # of meta.json: counts by name
-    "unused_columns": "columns that held text and were not used, and their rows",
-    "left_out": "left out of the folders",
-}
-
-
-def _listed(told: str, counts: dict[str, int]) -> str:
-    said = ", ".join(f"{name} {n:,}" for name, n in counts.items())
-    return said and _filled(f"{told}: {said}")
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False)
+def shares(meta: dict, use: str, most: int) -> list[tuple[str, float]]:
+    """(name, share of all tokens) of the largest sources or categories; the others count as one."""
+    tokens = {name: counts["tokens"] for name, counts in meta[f"by_{use}"].items()}
+    found = [(name, n / sum(tokens.values())) for name, n in tokens.items()]
+    if others := found[most:]:
+        found[most:] = [(f"{len(others)} more", sum(share for _, share in others))]
+    return found
 
 
 def _leaks(leaks: dict) -> str:
@@ -240,67 +212,54 @@ def _leaks(leaks: dict) -> str:
     )
 
 
-def draw(tally: Tally, path: Path, title: str) -> None:
+def draw(meta: dict, kept: np.ndarray, path: Path) -> None:
     """The picture: lengths, turns, assistant's share, sources and categories."""
     import matplotlib  # slow to import, and needed here alone
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplot_mosaic(
         [["tokens", "turns", "share"], ["source", "source", "category"]],
         figsize=(15, 9),
         layout="constrained",
     )
+    title = f"{meta['source'][:100]}: {meta['rows_kept']:,} documents"
     figure.suptitle(title, parse_math=False)
-    tokens = tally.column("tokens")
-    _draw_tokens(axes["tokens"], tokens)
-    turns = np.minimum(tally.column("turns"), 12)
+    tokens, turns = kept["tokens"], np.minimum(kept["turns"], 12)
+    panel = axes["tokens"]  # lengths may span four orders of magnitude
+    panel.hist(tokens, bins=np.geomspace(tokens.min(), tokens.max() + 1, 60))
+    panel.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
+    panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
+    for q, style in ((50, "-"), (90, "--"), (99, ":")):
+        value = meta["document_tokens"][f"p{q}"]
+        label = f"{value:,} ({q} of 100 are below)"
+        panel.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
+    panel.legend(frameon=False)
     axes["turns"].hist(turns, bins=np.arange(0.5, 13), rwidth=0.9)
     axes["turns"].set(yscale="log", xlabel="turns", ylabel="documents (log)")
     axes["turns"].set(ylim=(0.5, 2 * np.bincount(turns).max()), xlim=(0.5, 12.5))
     axes["turns"].set_xticks(range(1, 13), [*map(str, range(1, 12)), "12+"])
-    axes["share"].hist(tally.column("assistant_tokens") / tokens, bins=np.linspace(0, 1, 51))
+    axes["share"].hist(kept["assistant_tokens"] / tokens, bins=np.linspace(0, 1, 51))
     axes["share"].set(xlabel="share of tokens that are answers, or plain text", ylabel="documents")
     for name in ("tokens", "share"):
         axes[name].yaxis.set_major_formatter("{x:,.0f}")
-    for name in tally.names:
-        _draw_shares(axes[name], name, tally.shares(name))
+    for use in ("source", "category"):
+        _draw_shares(axes[use], use, shares(meta, use, most=20))
     with warnings.catch_warnings():  # a name in a script that the font lacks shows as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=80, metadata={"Software": OUR_MARK})
     pyplot.close(figure)
 
 
-def _draw_tokens(axes: object, tokens: np.ndarray) -> None:
-    """Lengths may span four orders of magnitude: a logarithmic axis, with plain numbers on it."""
-    edges = np.geomspace(tokens.min(), tokens.max() + 1, 60)
-    axes.hist(tokens, bins=edges)
-    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents")
-    ticks = [n * 10**power for power in range(9) for n in (1, 2, 5)]
-    ticks = [tick for tick in ticks if edges[0] <= tick <= edges[-1]]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
-    axes.set_xticks([], minor=True)
-    names = {50: "median", 90: "90 of 100 below", 99: "99 of 100 below"}
-    for (q, name), style in zip(names.items(), ("-", "--", ":"), strict=True):
-        value = np.percentile(tokens, q)
-        label = f"{name} {value:,.0f}"
-        axes.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
-    axes.legend(frameon=False)
-
-
-def _draw_shares(axes: object, name: str, shares: dict[str, list[int]], most: int = 20) -> None:
-    """Bars of the largest shares of all tokens; the rest is one bar."""
-    total = sum(tokens for _, tokens in shares.values())
-    ordered = [(key, tokens / total) for key, (_, tokens) in shares.items()]
-    bars, rest = ordered[:most], ordered[most:]
-    if rest:
-        bars.append((f"{len(rest)} more", sum(share for _, share in rest)))
+def _draw_shares(axes: object, use: str, bars: list[tuple[str, float]]) -> None:
     drawn = axes.barh(range(len(bars)), [share for _, share in bars])
     axes.bar_label(drawn, [f" {share:.1%}" for _, share in bars])
-    labels = [key if len(key) <= 32 else f"{key[:31]}…" for key, _ in bars]
+    labels = [name if len(name) <= 32 else f"{name[:31]}…" for name, _ in bars]
     # A label is the data's own text, in which '$' begins no formula.
     axes.set_yticks(range(len(bars)), labels, parse_math=False)
-    axes.set(xlabel=f"share of all tokens, by {name}", xticks=[])
+    axes.set(xlabel=f"share of all tokens, by {use}", xticks=[])
     axes.set_ylim(max(len(bars), 8) - 0.5, -0.5)
     axes.set_xlim(0, 1.2 * max(share for _, share in bars))

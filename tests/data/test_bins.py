@@ -59,13 +59,13 @@ def test_prompts_and_answers_of_a_conversation():
 
 def test_an_id_past_uint16_raises(tmp_path):
     with bins.BinWriter(str(tmp_path)) as writer, pytest.raises(OverflowError):
-        writer.add("train", [65_536], [0])
+        writer.add([65_536], [0])
     assert not (tmp_path / ".partial").exists()
 
 
 def test_what_is_not_published_is_removed(tmp_path):
     with bins.BinWriter(str(tmp_path)) as writer:
-        writer.add("train", [1, END], [0, 0])
+        writer.add([1, END], [0, 0])
     assert os.listdir(tmp_path) == []
 
 
@@ -165,13 +165,12 @@ def test_what_was_found_whole_is_read_again_only_where_it_looks_changed(data_dir
 
 
 def test_documents_know_their_source_in_the_bins_order(tmp_path):
-    labels = {"train": np.array([[n, n % 3] for n in range(10)]), "val": np.array([[3, 1], [9, 2]])}
+    labels = np.array([*([n, n % 3] for n in range(10)), [3, 1], [9, 2]])
     names = {"source": [f"s{n}" for n in range(10)], "category": ["a", "b", "c"]}
     with bins.BinWriter(str(tmp_path)) as writer:
-        for split, documents in DOCUMENTS.items():
-            for ids, mask in documents:
-                writer.add(split, ids, mask)
-        writer.shuffle(0, {"train": np.arange(10) != 4, "val": np.ones(2, bool)}, labels)
+        for ids, mask in (*DOCUMENTS["train"], *DOCUMENTS["val"]):
+            writer.add(ids, mask)
+        writer.shuffle(0, [0] * 10 + [1] * 2, np.arange(12) != 4, labels)
         writer.publish({"source": "test", "label_names": names})
     split = bins.Split(str(tmp_path), "train")
     found = split.labels()
@@ -242,9 +241,9 @@ def test_bins_whose_publishing_was_killed_are_made_anew(tmp_path, monkeypatch, n
         moved.append(replace(source, target))
 
     with pytest.raises(KeyboardInterrupt), bins.BinWriter(str(tmp_path)) as writer:
-        for split in bins.SPLITS:
-            writer.add(split, [1, END], [0, 0])
-        writer.shuffle(0)
+        for _ in bins.SPLITS:
+            writer.add([1, END], [0, 0])
+        writer.shuffle(0, [0, 1])
         monkeypatch.setattr(os, "replace", killed)
         writer.publish({"source": "test"})
     with bins.BinWriter(str(tmp_path)):

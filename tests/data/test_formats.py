@@ -134,8 +134,8 @@ def test_texts_are_parted_by_separators(tmp_path, monkeypatch, content, separato
     path = write(tmp_path / "book.txt", content)
     with open(path, "rb", buffering=64) as raw:
         monkeypatch.setattr(formats, "HEAD_BYTES", block)
-        reading = Reading(separator=separator)
-        found = list(formats.rows(raw, path, reading, formats.Progress()))
+        [part] = sources.open_sources([str(path)], reading=Reading(separator=separator)).parts
+        found = list(formats.rows(raw, part))
     assert found == texts
     assert all(conversations.conversation(text) == [("text", text)] for text in found)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from nanosynth import UserError, settings, terminal, tokenizer
-from nanosynth.data import conversations, formats, sources
+from nanosynth.data import PICTURE, conversations, formats, sources
 from nanosynth.files import temporary
 from nanosynth.settings import setting
 
@@ -152,7 +152,7 @@ def prepare(config: PrepareConfig) -> dict:
             paths = (writer.partial / "train.bin", writer.partial / "val.bin")
             meta["leak_check"] = ngrams.shared_grams(*paths)
         if config.picture:
-            stats.draw(meta, kept, writer.partial / bins.PICTURE)
+            stats.draw(meta, kept, writer.partial / PICTURE)
         writer.publish(meta)
     return meta
 
@@ -246,7 +246,8 @@ def kept_conversations(
 
 def selected_rows(source: sources.Source, config: PrepareConfig) -> Iterator[object]:
     """All rows, or a seeded random sample of max_rows of them in their order, in two passes."""
-    n_rows = config.max_rows and (source.stated_rows or sum(1 for _ in source.rows()))
+    stated = source.size if source.unit == "rows" else None
+    n_rows = config.max_rows and (stated or sum(1 for _ in source.rows()))
     if config.max_rows >= n_rows:
         yield from source.rows()
         return
@@ -273,18 +274,15 @@ def batches(kept: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     yield batch
 
 
-Document = tuple[np.ndarray, np.ndarray]  # ids and mask
-
-
-def encode(batch: list[Conversation]) -> list[tuple[Conversation, Document]]:
-    documents = tokenizer.encode_documents([conversation.turns for conversation in batch])
-    return list(zip(batch, documents, strict=True))
-
-
 def encoded(
     kept: Iterable[Conversation], num_threads: int
-) -> Iterator[list[tuple[Conversation, Document]]]:
-    """The batches in order, encoded by threads while the next ones are read."""
+) -> Iterator[Iterable[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]]:
+    """Each batch with its documents, in order, encoded by threads while the next ones are read."""
+
+    def encode(batch: list[Conversation]) -> Iterable:
+        documents = tokenizer.encode_documents([conversation.turns for conversation in batch])
+        return zip(batch, documents, strict=True)
+
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(num_threads) as threads:
         for batch in batches(kept):

@@ -24,16 +24,14 @@ import torch
 from torch import Tensor
 
 from nanosynth import UserError
+from nanosynth.data import FILES, LABELS, PICTURE
 from nanosynth.files import HashedFile, lock, sync, write_atomically
 from nanosynth.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 BINS = ("train.bin", "val.bin")
-FILES = ("train.bin", "train_mask.bin", "val.bin", "val_mask.bin")
 SPOOLS = ("ids.spool", "mask.spool")  # of all documents, as they were read
-LABELS = ("train_sources.bin", "val_sources.bin")  # of each document its numbers, uint16
-PICTURE = "stats.png"  # may stand beside them
 OUR_MARK = "nanosynth prepare.py"  # in the picture's file
 CHECKED = ".checked.json"  # what a start found whole, so that the next need not read it all
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of a bin that looks unchanged
@@ -182,11 +180,18 @@ def is_our_picture(path: Path) -> bool:
 
 def _our_meta(folder: Path) -> dict:
     """meta.json where it tells of bins of ours, whole or not; else empty."""
+    meta = _json_object(folder / "meta.json")
+    files = meta.get("files")
+    return meta if isinstance(files, dict) and "train_mask.bin" in files else {}
+
+
+def _json_object(path: Path) -> dict:
+    """What a file holds; empty where it is not there, or is no JSON object."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        return meta if "train_mask.bin" in meta["files"] else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_meta(data_dir: str) -> dict:
@@ -254,23 +259,17 @@ def _sha256s(folder: Path, names: Iterable[str], *, always: bool) -> dict[str, s
     """The SHA-256 of each file. All of it is read where `always`, and where size, time or a sample
     are not those that were found the last time; where the folder cannot be written to, each time.
     """
-    try:
-        content = json.loads((folder / CHECKED).read_bytes())
-        known = {name: [*looks, sha256] for name, (*looks, sha256) in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        known = {}
-    found = {}
+    known, found = _json_object(folder / CHECKED), {}
     for name in names:
         try:
             with open(folder / name, "rb") as file:
                 status = os.fstat(file.fileno())
                 looks = [status.st_mtime_ns, _sample(file.fileno(), status.st_size)]
-                *looked, sha256 = known.get(name, [""])
-                if always or looked != looks:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                found[name] = known.get(name)
+                if always or not isinstance(found[name], list) or found[name][:-1] != looks:
+                    found[name] = [*looks, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
-        found[name] = [*looks, sha256]
     if not found.items() <= known.items():
         with contextlib.suppress(OSError):
             write_atomically(folder / CHECKED, json.dumps(known | found))
@@ -293,40 +292,38 @@ class Split:
         self.meta = read_meta(data_dir)
         self.path = Path(data_dir) / f"{split}.bin"
         self._mask_path = Path(data_dir) / f"{split}_mask.bin"
-        files = self.meta["files"]
-        self.has_mask = self._mask_path.name in files  # nanoGPT's bins have none
-        checked = [path.name for path in (self.path, self._mask_path) if path.name in files]
-        _check_whole(self.path.parent, {name: files[name] for name in checked}, always=verify)
+        names = (self.path.name, self._mask_path.name)
+        files = {name: self.meta["files"][name] for name in names if name in self.meta["files"]}
+        _check_whole(self.path.parent, files, always=verify)
         self.sha256 = files[self.path.name]["sha256"]
         self.n_tokens = files[self.path.name]["bytes"] // 2
         self._ids = os.open(self.path, os.O_RDONLY)
+        self.has_mask = self._mask_path.name in files  # nanoGPT's bins have none
         self._mask = os.open(self._mask_path, os.O_RDONLY) if self.has_mask else None
 
     def ids(self, start: int, count: int) -> np.ndarray:
         """(count,) uint16."""
-        data = self._pread(self.path, self._ids, 2 * start, 2 * count)
-        ids = np.frombuffer(data, dtype="<u2")
-        if ids.size and ids.max() >= VOCAB_SIZE:
-            place = start + int(ids.argmax())
-            raise UserError(f"{self.path}: id {ids.max()} at token {place}; prepare it again")
-        return ids
+        return self._read(self._ids, self.path, start, count, np.dtype("<u2"), VOCAB_SIZE)
 
     def mask(self, start: int, count: int) -> np.ndarray:
         """(count,) uint8, 1 on assistant tokens, and on all of a plain text."""
         if self._mask is None:
             return np.ones(count, dtype=np.uint8)
-        data = self._pread(self._mask_path, self._mask, start, count)
-        mask = np.frombuffer(data, dtype=np.uint8)
-        if mask.size and mask.max() > 1:
-            place = start + int(mask.argmax())
-            raise UserError(f"{self._mask_path}: {mask.max()} at token {place}; prepare it again")
-        return mask
+        return self._read(self._mask, self._mask_path, start, count, np.dtype(np.uint8), 2)
 
-    def _pread(self, path: Path, descriptor: int, offset: int, n_bytes: int) -> bytes:
-        data = os.pread(descriptor, n_bytes, offset)
-        if len(data) != n_bytes:
-            raise UserError(f"{path}: ends before byte {offset + n_bytes}; prepare it again")
-        return data
+    def _read(
+        self, descriptor: int, path: Path, start: int, count: int, dtype: np.dtype, limit: int
+    ) -> np.ndarray:
+        """(count,) numbers below `limit`, one a token."""
+        end = (start + count) * dtype.itemsize
+        data = os.pread(descriptor, count * dtype.itemsize, start * dtype.itemsize)
+        if len(data) != count * dtype.itemsize:
+            raise UserError(f"{path}: ends before byte {end}; prepare it again")
+        values = np.frombuffer(data, dtype)
+        if count and (most := values.max()) >= limit:
+            place = start + int(values.argmax())
+            raise UserError(f"{path}: {most} at token {place}, not below {limit}; prepare it again")
+        return values
 
     def n_rows(self, block_size: int) -> int:
         """Rows of block_size + 1 tokens, each sharing its last token with the next row's first."""

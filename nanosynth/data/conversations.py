@@ -40,7 +40,8 @@ TOOL_CALLS = ("tool_calls", "function_call")  # columns of a turn
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of content
 MOST_SPACES = 900_000  # in a row; tiktoken's regex panics at 1,000,000
 UNNAMED = "(not given)"
-_TEXT_USES = ("turns", "user", "input", "content")  # where a row's first words stand
+# Where a row's first words stand.
+_TEXT_COLUMNS = {name for use in ("turns", "user", "input", "content") for name in COLUMNS[use]}
 _TYPES = {
     **{type(None): "null", str: "text", bool: "a boolean", int: "a number", float: "a number"},
     **{list: "a list", dict: "an object", bytes: "bytes without an encoding"},
@@ -96,7 +97,7 @@ def conversation(
     elif isinstance(row, dict):
         turns = _Row(row, columns).turns(unused)
     elif isinstance(row, list) and row and isinstance(row[0], dict):
-        turns = _Row({}, columns).listed(row, "the row")
+        turns = _Row({}, columns).listed("the row", row)
     else:
         raise Reject("row is not an object")
     _check_turns(turns)
@@ -123,41 +124,37 @@ class _Row:
                 return name, value
         return "", None
 
-    def turns(self, unused: set[str] | None = None) -> list[Turn]:
-        body = self._body()
-        opening, body = (body[:1], body[1:]) if body and body[0][0] == "system" else ([], body)
-        name, system = self._take("system") if not body or body[0][0] != TEXT else ("", None)
-        if opening and opening[0][1].strip():
-            if system is not None and system != opening[0][1]:
-                self._taken.discard(name)
-        else:
-            opening = [("system", _text(system, name))] if name else []
-        if unused is not None:
-            unused |= self._unused | {
-                name
-                for name, value in self._row.items()
-                if name not in self._taken and _holds_text(value)
-            } - {*self._columns["source"], *self._columns["category"]}
-        return opening + body
-
-    def _body(self) -> list[Turn]:
+    def turns(self, unused: set[str] | None) -> list[Turn]:
         """The turns of the first form that the row has."""
-        name, listed = self._take("turns")
-        body = self.listed(listed, name) if name else self.pair()
-        if body:
-            n_systems = int(body[0][0] == "system")
-            return body[:n_systems] + self._history() + body[n_systems:]
-        name, text = self._take("text")
-        if not name:
-            known = [key for form in FORMS for use in form for key in self._columns[use]]
-            if found := [key for key in known if key in self._row]:
-                raise Reject("no text", f"in {', '.join(found)}")
-            raise Reject("no known column")
-        return [(TEXT, _text(text, name))]
+        if turns := self.listed(*self._take("turns")) or self.pair():
+            n_systems = int(turns[0][0] == "system")
+            history = self.listed(*self._take("history"))
+            turns = self._system(turns[:n_systems]) + history + turns[n_systems:]
+        else:
+            turns = [(TEXT, self._plain_text())]
+        if unused is not None:
+            taken = {*self._taken, *self._columns["source"], *self._columns["category"]}
+            unused |= self._unused
+            unused |= {k for k, value in self._row.items() if k not in taken and _holds_text(value)}
+        return turns
 
-    def _history(self) -> list[Turn]:
-        name, listed = self._take("history")
-        return self.listed(listed, name) if name else []
+    def _system(self, opening: list[Turn]) -> list[Turn]:
+        """The system turn of the turns themselves or, where it says nothing, of its column."""
+        name, system = self._take("system")
+        if not (opening and opening[0][1].strip()):
+            return [("system", _text(name, system))] if name else []
+        if system != opening[0][1]:
+            self._taken.discard(name)
+        return opening
+
+    def _plain_text(self) -> str:
+        name, text = self._take("text")
+        if name:
+            return _text(name, text)
+        known = [key for form in FORMS for use in form for key in self._columns[use]]
+        if found := [key for key in known if key in self._row]:
+            raise Reject("no text", f"in {', '.join(found)}")
+        raise Reject("no known column")
 
     def pair(self) -> list[Turn]:
         """A question, with what stands below it, and its answer; each may be a list of turns."""
@@ -166,31 +163,29 @@ class _Row:
             return []
         if not answered[0]:
             raise Reject("no answer", f"to {asked[0] or below[0]}")
-        answer = self._turns_of("assistant", *answered)
+        is_listed = self._is_turns(answered[1])
+        answer = self.listed(*answered) if is_listed else [("assistant", _text(*answered))]
         if answer[0][0] != "assistant":  # the whole conversation, the question in it
             self._taken -= {name for name, value in (asked, below) if ("user", value) not in answer}
             return answer
         if self._is_turns(asked[1]):
             self._taken -= {below[0]}
-            return self.listed(asked[1], asked[0]) + answer
-        parts = [_text(value, name) for name, value in (asked, below) if name]
+            return self.listed(*asked) + answer
+        parts = [_text(*part) for part in (asked, below) if part[0]]
         if not parts:
             raise Reject("no question", f"of {answered[0]}")
         return [("user", "\n\n".join(parts)), *answer]
-
-    def _turns_of(self, role: str, name: str, value: object) -> list[Turn]:
-        """A list of turns as it is, or a text as the turn of this role."""
-        return self.listed(value, name) if self._is_turns(value) else [(role, _text(value, name))]
 
     def _is_turns(self, value: object) -> bool:
         first = value[0] if isinstance(value, list) and value else None
         return isinstance(first, dict) and any(first.get(key) for key in self._columns["role"])
 
-    def listed(self, listed: object, name: str) -> list[Turn]:
-        if not isinstance(listed, list):
+    def listed(self, name: str, listed: object) -> list[Turn]:
+        """The turns of a list; none where no column has one."""
+        if not isinstance(listed, list | None):
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
         turns = []
-        for item in listed:
+        for item in listed or ():
             if isinstance(item, dict):
                 turn = _Row(item, self._columns)
                 turns += turn._turn(name)
@@ -198,8 +193,7 @@ class _Row:
                     left = item.keys() - turn._taken
                     self._unused |= {f"{name}.{key}" for key in left if _holds_text(item[key])}
             elif isinstance(item, list) and len(item) == 2:
-                roles = ("user", "assistant")
-                turns += [(role, _text(text, name)) for role, text in zip(roles, item, strict=True)]
+                turns += [("user", _text(name, item[0])), ("assistant", _text(name, item[1]))]
             else:
                 raise Reject("turn is not an object", f"{_type(item)} in {name}")
         if called := [key for key in TOOL_CALLS if f"{name}.{key}" in self._unused]:
@@ -217,14 +211,14 @@ class _Row:
         if not known:
             raise Reject("unknown role", role if isinstance(role, str) else _type(role))
         key, content = self._take("content")
-        return [(known, _text(content, f"{name}.{key}"))]
+        return [(known, _text(f"{name}.{key}", content))]
 
 
 def _type(value: object) -> str:
     return _TYPES.get(type(value), f"a {type(value).__name__}")
 
 
-def _text(value: object, name: str) -> str:
+def _text(name: str, value: object) -> str:
     """A text, or the text parts of a list of content, joined."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -263,19 +257,14 @@ def _check_turns(turns: list[Turn]) -> None:
     if body[-1][0] == "user":
         raise Reject("does not end with an answer")
     for _, text in turns:
+        # Readers take a byte that is not UTF-8 for a lone surrogate of U+DC80 to U+DCFF.
         if not is_unicode(text):
-            raise _not_unicode(text)
-        if len(text) >= MOST_SPACES:
-            runs = (len(run[0]) for run in re.finditer(r"\s+", text))
-            if max(runs, default=0) >= MOST_SPACES:
-                raise Reject("spaces without end")
-
-
-def _not_unicode(text: str) -> Reject:
-    """Readers take a byte that is not UTF-8 for a lone surrogate of U+DC80 to U+DCFF."""
-    if re.search("[\ud800-\udc7f\udd00-\udfff]", text):
-        return Reject("text is not valid Unicode", "a lone surrogate")
-    return Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
+            if re.search("[\ud800-\udc7f\udd00-\udfff]", text):
+                raise Reject("text is not valid Unicode", "a lone surrogate")
+            raise Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
+        spaces = re.findall(r"\s+", text) if len(text) >= MOST_SPACES else []
+        if max(map(len, spaces), default=0) >= MOST_SPACES:
+            raise Reject("spaces without end")
 
 
 def names_of(row: object, file: str, columns: Columns = COLUMNS) -> tuple[str, str]:
@@ -305,10 +294,9 @@ def _texts(value: object, depth: int) -> Iterator[str]:
         for item in value:
             yield from _texts(item, depth - 1)
     elif isinstance(value, dict) and depth:
-        known = [key for use in _TEXT_USES for key in COLUMNS[use] if key in value]
-        others = (key for key in value if key not in known and key not in COLUMNS["role"])
-        for key in (*known, *others):
-            yield from _texts(value[key], depth - 1)
+        for key in sorted(value, key=lambda key: key not in _TEXT_COLUMNS):
+            if key not in COLUMNS["role"]:
+                yield from _texts(value[key], depth - 1)
 
 
 # Known troubles of synthetic conversations. Rules of thumb, cheap enough for every row: they are
@@ -319,17 +307,11 @@ _STRIDE = 25  # a run of RUN_LENGTH holds RUN_LENGTH // _STRIDE of every _STRIDE
 _SPARSE_RUN = re.compile(rf"(.)\1{{{RUN_LENGTH // _STRIDE - 1}}}", re.DOTALL)
 _RUN = re.compile(rf"(.)\1{{{RUN_LENGTH - 1}}}", re.DOTALL)
 
-_BOILERPLATE = (
-    "as an ai",
-    "as a language model",
-    "as a large language model",
-    "as an artificial intelligence",
-    "i'm an ai",
-    "i am an ai",
-    "i'm just an ai",
-    "i am just an ai",
+_BOILERPLATE_HINTS = ("an ai", "an artificial", "language model")  # faster to search for
+_BOILERPLATE = re.compile(
+    r"(?:as an (?:ai|artificial intelligence)|as a (?:large )?language model"
+    r"|(?:i'm|i am) (?:just )?an ai)\b"
 )
-_BOILERPLATE_WORD = re.compile(rf"(?:{'|'.join(_BOILERPLATE)})\b")
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i'm|i am) (?:very |so |really )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately,)"
     r".{0,40}?\b(?:i|we) (?:can't|cannot|can not|won't|will not|am not able|am unable|'m unable)\b"
@@ -359,7 +341,7 @@ def refuses(turns: Sequence[Turn]) -> bool:
         if role == "assistant":
             text = text.replace("\u2019", "'").lower()
             if _REFUSAL.match(text[:300]) or (
-                any(phrase in text for phrase in _BOILERPLATE) and _BOILERPLATE_WORD.search(text)
+                any(hint in text for hint in _BOILERPLATE_HINTS) and _BOILERPLATE.search(text)
             ):
                 return True
     return False

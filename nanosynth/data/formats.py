@@ -59,15 +59,14 @@ class Part:
 
     name: str
     identity: dict  # what names these very rows: source, and its revision or SHA-256
-    size: int | None  # in `unit`; None: not known before it was read
-    unit: str  # 'B' or 'rows'
+    size: int | None  # bytes of a file, rows of others; None: not known before it was read
     read: Callable[["Part"], Iterator[object]]
     reading: Reading
     path: Path | None = None  # of a file
     has_splits: bool = False  # of which --split has named one
     number: int = 0  # among the parts
     source: int = 0  # the number of its --source
-    position: int = 0  # how far it was read, in `unit`
+    position: int = 0  # bytes of a file that were read
     unread: Counter[str] = field(default_factory=Counter)  # rows by column of text that is not read
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanosynth import UserError
-from nanosynth.data import formats
+from nanosynth.data import FILES, LABELS, PICTURE, formats
 from nanosynth.data.conversations import PlainText
 from nanosynth.data.formats import Part, Reading
 
@@ -32,11 +32,6 @@ HUB_CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
 }
 
-OURS = (
-    "meta.json",
-    "stats.png",
-    *(f"{s}{of}.bin" for s in ("train", "val") for of in ("", "_mask", "_sources")),
-)
 REJECT_KEYS = ("file", "row", "reason", "text")
 SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
 
@@ -56,11 +51,11 @@ class Source:
         self.part = self.parts[0]
         for number, part in enumerate(self.parts):
             part.number = number
-        units, sizes = {part.unit for part in self.parts}, [part.size for part in self.parts]
-        self._has_one_unit = len(units) == 1
-        self.unit = self.part.unit if self._has_one_unit else "rows"
-        # None where a part does not know its own, or unlike units have no sum.
-        self.size = sum(sizes) if self._has_one_unit and None not in sizes else None
+        files = [part.path is not None for part in self.parts]
+        self.unit = "B" if all(files) else "rows"
+        sizes = [part.size for part in self.parts]
+        # None where a part does not know its own, or bytes and rows have no sum.
+        self.size = sum(sizes) if len({*files}) == 1 and None not in sizes else None
 
     def rows(self) -> Iterator[object]:
         self.n_rows = 0
@@ -74,14 +69,9 @@ class Source:
                 yield row
 
     @property
-    def stated_rows(self) -> int | None:
-        """How many they are, where that is known before they were read."""
-        return self.size if self.unit == "rows" else None
-
-    @property
     def position(self) -> int:
         """How far it was read, in `unit`."""
-        return sum(part.position for part in self.parts) if self._has_one_unit else self.n_rows
+        return sum(part.position for part in self.parts) if self.unit == "B" else self.n_rows
 
     @property
     def unread(self) -> Counter[str]:
@@ -165,7 +155,8 @@ def _files(
     if what := _what_is_ours(folder):
         left_out[f"{folder} ({what})"] += 1
         # Beside bins may lie what they were made of.
-        inside = [path for path in inside if path.name not in OURS] if what == "bins" else []
+        ours = ("meta.json", PICTURE, *FILES, *LABELS)
+        inside = [path for path in inside if path.name not in ours] if what == "bins" else []
     elif (folder / SPLITS_FILE).is_file():
         inside = [_saved_split(folder, reading.split)]
     elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
@@ -236,7 +227,7 @@ def _file(path: Path, name: str, reading: Reading) -> Part:
         part.position = part.size
 
     identity = {"source": name, "sha256": sha256}
-    return Part(name, identity, before.st_size, "B", read, reading, path)
+    return Part(name, identity, before.st_size, read, reading, path)
 
 
 def _hub(name: str, revision: str, reading: Reading) -> Part:
@@ -260,14 +251,13 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
 
     def read(part: Part) -> Iterator[object]:
         with _hub_errors(name, revision):
-            for part.position, row in enumerate(_articles(table) if is_wikitext else table, 1):
-                yield row
+            yield from _articles(table) if is_wikitext else table
 
     identity = {"source": name, "revision": commit}
     named = {"config": config, "split": reading.split}
     identity |= {key: value for key, value in named.items() if value}
     size = None if is_wikitext else size
-    return Part(name, identity, size, "rows", read, reading, has_splits=True)
+    return Part(name, identity, size, read, reading, has_splits=True)
 
 
 def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:

@@ -124,7 +124,7 @@ def test_an_id_past_the_vocabulary_is_refused_with_its_place(data_dir):
     split = bins.Split(data_dir, "train")
     damage(data_dir, "train.bin", 2 * 13, np.array([50_304], dtype="<u2").tobytes())
     assert split.ids(0, 13).size == 13
-    with pytest.raises(UserError, match="id 50304 at token 13"):
+    with pytest.raises(UserError, match="train.bin: 50304 at token 13"):
         split.ids(5, 20)
 
 

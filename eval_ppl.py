@@ -42,9 +42,7 @@ class EvalConfig(settings.Settings):
     )
     stride: int = setting(0, "tokens scored a window; 0: the context, so no overlap", at_least=0)
     batch_size: int = setting(8, "windows a GPU takes at once", at_least=1)
-    seed: int = setting(
-        42, "of the bootstrap, which gives the intervals", at_least=0, at_most=settings.LARGEST_SEED
-    )
+    seed: int = setting(42, "of the bootstrap, which gives the intervals", **settings.SEED)
     output_dir: str = setting("", "where eval_ppl.json goes; empty: the run's folder", path=True)
 
 

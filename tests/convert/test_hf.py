@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import eval_ppl
 import sample
@@ -348,6 +349,18 @@ def test_the_card_says_what_the_runs_folder_knows(tiny_bins, tmp_path):
         convert(run=run_dir, to=tmp_path / "torn", license_file=tmp_path / "x.txt")
     with pytest.raises(UserError, match="--license=mit; it goes with --run"):
         HFConfig(source="a", to="b", license="mit")
+
+
+@pytest.mark.parametrize(
+    "licence",
+    ["mit", 'other: "x"', "yes", "1.0", "null", " # x", "a\n---\nb", "{name}", "zażółć", "x\udcff"],
+)
+def test_the_cards_front_matter_holds_any_licence_as_it_is_given(licence, tmp_path):
+    run_dir = save_run(random_model(), tmp_path / "a\n---\n{run}")
+    card = ModelCard.load(convert(run=run_dir, to=tmp_path / "hf", license=licence) / "README.md")
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert card.data.to_dict() == front | {"license": licence}
+    assert card.text.startswith("\n# a --- {run}\n")
 
 
 def gpt2(rows: int = 50257, **changes) -> transformers.GPT2LMHeadModel:

@@ -4,16 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub.utils import yaml_dump
-
 from nanosynth import UserError
 from nanosynth.data import bins
-from nanosynth.files import write_atomically
 from nanosynth.table import table
-from nanosynth.terminal import one_line
 
 CARD = """---
-{front}---
+library_name: transformers
+pipeline_tag: text-generation
+{license}---
 
 # {name}
 
@@ -70,19 +68,18 @@ def write(folder: Path, path: Path, meta: dict, license: str, license_file: str)
             shutil.copyfile(license_file, folder / "LICENSE")
         except OSError as error:
             raise UserError(f"--license_file={license_file} cannot be read: {error}") from None
-    shape, settings = meta["identity"]["model"], meta["settings"]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"license": license} if license else {}
+    shape, settings = meta["identity"]["model"], meta.get("settings", {})
     text = CARD.format(
-        front=yaml_dump(front, sort_keys=False),
-        name=one_line(path.resolve().parent.name),
+        license=f"license: {license}\n" if license else "",
+        name=path.parent.name,
         shape=f"{shape['n_layer']} layers, {shape['n_head']} heads and {shape['n_embd']} channels",
-        data=_rows(_data(settings["data_dir"]) | meta.get("source", {}), DATA) or "Not known here.",
+        data=_rows(_data(settings.get("data_dir", "")) | meta.get("source", {}), DATA)
+        or "Not known here.",
         recipe=_rows(settings | {"step": meta["step"]}, ("step", *RECIPE)),
         figures=_figures(path),
         block_size=shape["block_size"],
     )
-    write_atomically(folder / "README.md", text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _data(data_dir: str) -> dict:
@@ -113,7 +110,7 @@ def _figures(path: Path) -> str:
         return "\n".join([table(rows, left=(0, 1, 4), markdown=True), "", *how])
     except FileNotFoundError:
         return unknown
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path.parent / 'report.json'} is no report ({error!r}); {unknown}"
         ) from None

@@ -1,6 +1,7 @@
 """What the scripts stand on. Each module owns one thing; its first lines say which."""
 
 import os
+import sys
 
 # Set here, since every script comes by before it imports torch, whose OpenMP reads it once. Between
 # two products its threads spin for the next one, 300,000 turns unless told otherwise: on a machine
@@ -9,6 +10,15 @@ import os
 # See benchmarks/RESULTS.md. A user's own word stands.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def except_interrupts(error_type: type, error: BaseException, trace: object) -> None:
+    """A sys.excepthook: the traceback of an error that nobody caught, but none of Ctrl-C."""
+    if not issubclass(error_type, KeyboardInterrupt):
+        sys.__excepthook__(error_type, error, trace)
+
+
+sys.excepthook = except_interrupts  # here, so that it is silent while torch is imported, too
 
 
 class UserError(ValueError):

@@ -5,6 +5,7 @@ SHA-256 of the others and of itself. A folder is written under a temporary name,
 so one with a step's name is whole; it is verified all the same before anything in it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +24,30 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nanosynth import UserError
-from nanosynth.files import LOCK, HashedFile, published, set_aside, temporary, write_atomically
+from nanosynth.files import LOCK, HashedFile, set_aside, sync, temporary, write_atomically
+from nanosynth.schema import fields, misfit
+from nanosynth.settings import is_out_of_memory
+from nanosynth.terminal import one_line
 
 FORMAT_VERSION = 1
 ANEW = "bring one back, or start anew with another --out_dir"
 MODEL, TRAIN_STATE, META = "model.safetensors", "train_state.pt", "meta.json"
 NAME = re.compile("step_([0-9]{6}|[1-9][0-9]{6,})")  # of a step's folder; as `folder` gives it
-META_KEYS = {"format_version", "step", "aliases", "files", "val_loss", "identity"}
+FILE = fields("bytes:count sha256:text")
+WANTED = {  # of a meta.json
+    **fields("format_version:count step:count val_loss:number|nan|null"),
+    **{"aliases": {"*": "text"}, "files": {MODEL: FILE, TRAIN_STATE: FILE}},
+    "identity": fields("loss_on?:text|null data_sha256?:text|null") | {"model?": {}},
+    "settings?": fields("data_dir:text"),
+    "source?": {},
+}
+STATE = {  # of a train_state.pt; the scaler's is empty but in float16
+    **{"optimizer": {}, "guard": {}, "metrics_bytes": "count"},
+    "scaler": fields(
+        "scale?:positive growth_factor?:positive backoff_factor?:positive growth_interval?:count "
+        "_growth_tracker?:count"
+    ),
+}
 OLD_MODEL = {"activation": "gelu_tanh"}  # what a model was before its settings had the key
 
 
@@ -78,25 +96,42 @@ def save(
 
     Tensors that share storage (a tied embedding) are stored once, their other names in the meta.
     """
-    firsts: dict[int, str] = {}
-    first_names = {name: firsts.setdefault(model[name].data_ptr(), name) for name in model}
-    aliases = {name: first for name, first in first_names.items() if first != name}
+    target = folder(run_dir, step)
+    unfinished = temporary(target)
+    unfinished.mkdir()
+    try:
+        _write(unfinished, step, model, train_state, meta)
+        os.rename(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync(run_dir)
+    return target
+
+
+def _write(unfinished: Path, step: int, model: dict, train_state: dict, meta: dict) -> None:
+    first_names: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in model.items():
+        first = first_names.setdefault(tensor.data_ptr(), name)
+        if first != name:
+            aliases[name] = first
     stored = {name: model[name].contiguous() for name in model if name not in aliases}
-    files: dict[str, dict] = {}
-    with published(folder(run_dir, step)) as unfinished:
-        with HashedFile(unfinished / MODEL) as file:
-            file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
-        files[MODEL] = file.summary()
-        with HashedFile(unfinished / TRAIN_STATE) as file:
-            try:
-                torch.save(train_state, file)
-            except RuntimeError as error:
-                raise file.error or error from None
-        files[TRAIN_STATE] = file.summary()
-        own = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases}
-        with HashedFile(unfinished / META) as file:
-            file.write(_serialise({**own, **meta, "files": files}))
-    return folder(run_dir, step)
+    files = {}
+    with HashedFile(unfinished / MODEL) as file:
+        file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
+    files[MODEL] = file.summary()
+    with HashedFile(unfinished / TRAIN_STATE) as file:
+        try:
+            torch.save(train_state, file)
+        except RuntimeError as error:
+            raise file.error or error from None
+    files[TRAIN_STATE] = file.summary()
+    meta = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases, **meta}
+    meta["files"] = files
+    with HashedFile(unfinished / META) as file:
+        file.write(_serialise(meta))
+    sync(unfinished)
 
 
 def _serialise(meta: dict) -> bytes:
@@ -115,18 +150,16 @@ def read_meta(path: Path) -> dict:
         meta = json.loads(content)
         meta.pop("meta_sha256")
         intact = _serialise(meta) == content and path.name == f"step_{meta['step']:06d}"
-        absent = META_KEYS - meta.keys()
+        wrong = misfit(meta, WANTED)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path / META} cannot be read: {type(error).__name__}: {error}") from None
-    if absent:
-        raise Damaged(f"{path / META} lacks {', '.join(sorted(absent))}")
+    if wrong:
+        raise Damaged(f"{path / META} is not of its form: {wrong}")
     if not intact:
         raise Damaged(f"{path / META} is not as it was written")
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format {meta['format_version']}; wanted {FORMAT_VERSION}")
     identity = meta["identity"]
-    if not isinstance(identity, dict) or not isinstance(identity.get("model", {}), dict):
-        raise Damaged(f"{path / META} does not describe a model")
     if "model" in identity:
         identity["model"] = OLD_MODEL | identity["model"]
     return meta
@@ -137,8 +170,6 @@ def verify(path: Path, names: tuple[str, ...] = (MODEL, TRAIN_STATE)) -> dict:
     be read; raises Damaged.
     """
     meta = read_meta(path)
-    if set(meta["files"]) != {MODEL, TRAIN_STATE}:
-        raise Damaged(f"{path / META} names other files than {MODEL}, {TRAIN_STATE}")
     for name in names:
         file_path, wanted = path / name, meta["files"][name]
         if not file_path.is_file():
@@ -177,27 +208,28 @@ def newest_good(run_dir: Path, say: Callable[[str], None] = print) -> Path | Non
     return None
 
 
-def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
-    of damaged ones.
-    """
+def _val_losses(run_dir: Path, say: Callable[[str], None] | None = None) -> dict[int, float]:
     losses = {}
-    for path in (folder(run_dir, step) for step in steps(run_dir)):
+    for step in steps(run_dir):
         try:
-            loss = read_meta(path)["val_loss"]
+            losses[step] = read_meta(folder(run_dir, step))["val_loss"]
         except Damaged as error:  # never the best
             if say:
                 say(f"damaged checkpoint: {error}; the best of the others is taken")
-            continue
-        if loss is not None and math.isfinite(loss):
-            losses[path] = loss
-    return min(losses, key=losses.get, default=None)
+    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
 def best_loss(run_dir: Path) -> float:
     """The lowest validation loss among the step folders; infinity where none was evaluated."""
-    path = best(run_dir)
-    return read_meta(path)["val_loss"] if path else math.inf
+    return min(_val_losses(run_dir).values(), default=math.inf)
+
+
+def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
+    of damaged ones.
+    """
+    losses = _val_losses(run_dir, say)
+    return folder(run_dir, min(losses, key=losses.get)) if losses else None
 
 
 def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Path:
@@ -205,22 +237,21 @@ def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Pat
     are verified: the training state is twice as large, and who wants the weights does not read it.
     """
     run_dir = Path(run)
-    saved = steps(run_dir)
     if NAME.fullmatch(run_dir.name):
         if step != "best":
             raise UserError(f"--run={run} is one step already; leave out --step={step}")
         path = run_dir
-    elif not saved:
+    elif not steps(run_dir):
         refuse_nanogpt(run_dir)
         raise UserError(f"no checkpoint in {run!r}; train one with: python train.py config/NAME.py")
     elif step == "latest":
-        path = folder(run_dir, saved[-1])
+        path = folder(run_dir, steps(run_dir)[-1])
     elif step == "best":
-        path = best(run_dir, partial(print, file=sys.stderr)) or folder(run_dir, saved[-1])
+        path = best(run_dir, partial(print, file=sys.stderr)) or folder(run_dir, steps(run_dir)[-1])
     else:
         path = folder(run_dir, int(step) if re.fullmatch("[0-9]{1,20}", step) else -1)
     if not path.is_dir():
-        wanted = ", ".join(map(str, saved))
+        wanted = ", ".join(map(str, steps(run_dir)))
         raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
     verify(path, names)
     return path
@@ -272,12 +303,14 @@ def check_new(run_dir: Path, resume: str) -> None:
     since a run that ended before its first is rightly started over.
     """
     names = sorted(set(os.listdir(run_dir)) - {LOCK}) if run_dir.is_dir() else []
-    mend = "use --resume=auto to go on there, or another --out_dir"
     if resume == "auto":
         names = [name for name in names if name.startswith("step_") or name in ("latest", "best")]
-        mend = f"but no checkpoint: {ANEW}"
     if names:
-        raise UserError(f"{run_dir} holds {', '.join(names[:5])}; {mend}")
+        held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        mend = f"but no checkpoint: {ANEW}"
+        if resume != "auto":
+            mend = "use --resume=auto to go on there, or another --out_dir"
+        raise UserError(f"{run_dir} holds {held}; {mend}")
 
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
@@ -302,6 +335,21 @@ def read_train_state(path: Path) -> dict:
         raise Damaged(f"{path / TRAIN_STATE} is refused: {reason}") from None
 
 
+@contextlib.contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """What is taken on here of a step folder fits into what takes it, or the folder is Damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        raise Damaged(f"{path} holds what does not fit: {reason}") from None
+
+
 def prune(run_dir: Path, keep_last: int) -> None:
     """Name the newest and the best folder in `latest` and `best`; delete the others but the newest
     `keep_last`.
@@ -313,9 +361,7 @@ def prune(run_dir: Path, keep_last: int) -> None:
     for step in saved[:-keep_last]:
         path = folder(run_dir, step)
         if path != best_path and not path.is_symlink():
-            trash = temporary(path, "trash")
-            os.rename(path, trash)  # first of all, so that a deletion cut short leaves no torn one
-            shutil.rmtree(trash)
+            _remove(path)
 
 
 def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
@@ -332,3 +378,10 @@ def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
             f"{run_dir} has room for {free / 1e9:.1f} GB, but {keep_last + 2} checkpoints take "
             f"{needed / 1e9:.1f} GB; free some, lower --keep_last or use another --out_dir"
         )
+
+
+def _remove(path: Path) -> None:
+    """Delete a step folder; it loses its name first, so a deletion cut short leaves no torn one."""
+    trash = temporary(path, "trash")
+    os.rename(path, trash)
+    shutil.rmtree(trash)

@@ -29,7 +29,7 @@ from nanosynth import UserError, terminal
 MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
 HELP_COLUMNS = 100
 LARGEST_INT = 2**63 - 1  # of what counts in torch and numpy
-SEED = {"at_least": 0, "at_most": 2**32 - 1}  # every generator that is seeded takes it
+LARGEST_SEED = 2**32 - 1  # every generator that is seeded takes it
 # A bound's test and its words, in the order of --help and errors.
 BOUNDS = {
     "at_least": (operator.ge, "{:,} or more"),
@@ -102,11 +102,7 @@ def bounds_text(bounds: Mapping[str, float]) -> str:
 
 
 def from_argv(cls: type, *, config_file: bool = False) -> typing.Any:
-    """The settings of the command line; a UserError ends the program with one line.
-
-    From then on Ctrl-C is silent, also while a script imports torch.
-    """
-    sys.excepthook = terminal.except_interrupts
+    """The settings of the command line; a UserError ends the program with one line."""
     with one_line_errors():
         return load(cls, sys.argv[1:], program(), config_file=config_file)
 

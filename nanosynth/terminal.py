@@ -27,12 +27,6 @@ def one_line(text: str) -> str:
     return " ".join(harmless(text).split())
 
 
-def except_interrupts(error_type: type, error: BaseException, trace: object) -> None:
-    """A sys.excepthook: the traceback of an error that nobody caught, but none of Ctrl-C."""
-    if not issubclass(error_type, KeyboardInterrupt):
-        sys.__excepthook__(error_type, error, trace)
-
-
 def prepare_streams() -> None:
     """Closed streams take and give nothing; what a stream's encoding lacks is an escape."""
     for number, (name, mode) in enumerate(STREAMS):

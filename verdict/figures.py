@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from math import exp, log2
 from statistics import fmean, linear_regression
 
+from nanosynth.schema import KINDS
 from nanosynth.terminal import one_line
 from verdict.runs import Run
-from verdict.schemas import KINDS
 
 MOST_NATS = 700  # beyond, a perplexity is no number
 GAP_STEPS = 128  # training steps whose mean loss stands beside a validation loss

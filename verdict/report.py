@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from nanosynth import UserError
 from nanosynth.files import write_atomically
+from nanosynth.schema import KINDS
 from nanosynth.table import table
 from nanosynth.terminal import harmless, one_line
 from verdict import control, criteria, curves, quality
@@ -33,7 +34,6 @@ from verdict.criteria import (
 )
 from verdict.figures import answers, by_label, by_position, figures, leaves, loss_at
 from verdict.runs import Run
-from verdict.schemas import KINDS
 
 LIMITS = (
     "No human has judged the texts, and no other model has.",

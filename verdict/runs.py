@@ -13,8 +13,9 @@ from pathlib import Path
 
 from nanosynth import UserError, checkpoint
 from nanosynth.data import bins
+from nanosynth.schema import misfit
 from verdict import schemas
-from verdict.schemas import END_LINE, SAMPLE, TRAIN_LINE, VAL_LINE, misfit
+from verdict.schemas import END_LINE, SAMPLE, TRAIN_LINE, VAL_LINE
 
 BY = ("by_source", "by_category", "by_position")  # the parts of eval_ppl.json
 SAMPLE_FILES = ("task_generations.jsonl", "generations.jsonl")  # the first that is there counts

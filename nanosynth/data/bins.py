@@ -26,6 +26,7 @@ from torch import Tensor
 from nanosynth import UserError
 from nanosynth.data import FILES, LABELS, PICTURE
 from nanosynth.files import HashedFile, lock, sync, write_atomically
+from nanosynth.schema import fields, misfit
 from nanosynth.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 FORMAT_VERSION = 1
@@ -33,6 +34,13 @@ SPLITS = ("train", "val")
 BINS = ("train.bin", "val.bin")
 SPOOLS = ("ids.spool", "mask.spool")  # of all documents, as they were read
 OUR_MARK = "nanosynth prepare.py"  # in the picture's file
+FILE = fields("bytes:count sha256:text")
+WANTED = {  # of a meta.json, beside format and vocabulary
+    "files": dict.fromkeys(FILES, FILE),
+    "label_files?": {"*": FILE},
+    "label_names?": {"*": ["text"]},
+    "tokenizer?": fields("ranks_sha256:text"),
+}
 CHECKED = ".checked.json"  # what a start found whole, so that the next need not read it all
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of a bin that looks unchanged
 
@@ -214,9 +222,9 @@ def read_meta(data_dir: str) -> dict:
 def _checked_meta(path: Path) -> dict:
     meta = json.loads(path.read_bytes())
     has = (meta["format_version"], meta["vocab_size"])
-    files = {name: int(entry["bytes"]) for name, entry in meta["files"].items()}
-    if sorted(files) != sorted(FILES):
-        raise ValueError("it lists other files")
+    if wrong := misfit(meta, WANTED):
+        raise ValueError(wrong)
+    files = {name: meta["files"][name]["bytes"] for name in FILES}
     if has != (FORMAT_VERSION, VOCAB_SIZE):
         said = "{} has format {}, vocabulary {}; wanted format {}, vocabulary {}"
         raise UserError(said.format(path, *has, FORMAT_VERSION, VOCAB_SIZE))
@@ -344,8 +352,13 @@ class Split:
         if not entry:
             return {}
         _check_whole(path.parent, {path.name: entry})
-        names = self.meta["label_names"]
-        numbers = np.fromfile(path, dtype="<u2").reshape(-1, len(names))
+        try:
+            names = self.meta["label_names"]
+            numbers = np.fromfile(path, dtype="<u2").reshape(-1, len(names))
+            if (numbers.max(axis=0, initial=0) >= list(map(len, names.values()))).any():
+                raise ValueError("it has other numbers")
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} and label_names differ: {error}; prepare it again") from None
         return {use: (names[use], numbers[:, place]) for place, use in enumerate(names)}
 
 

@@ -8,7 +8,6 @@ import torch
 from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.inference.speed import speed_up_inference
-from nanosynth.terminal import one_line
 
 
 class LoadedRun(NamedTuple):
@@ -44,7 +43,7 @@ def restored(path: Path, meta: dict) -> GPT:
     """
     tensors = checkpoint.read_model(path, meta)
     n_stored = sum(tensor.numel() for tensor in tensors.values())
-    try:
+    with checkpoint.must_fit(path):
         config = GPTConfig(**meta["identity"]["model"])
         if not 1 <= config.n_layer <= len(tensors):
             raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
@@ -52,7 +51,4 @@ def restored(path: Path, meta: dict) -> GPT:
             raise ValueError(f"{config.n_weights} weights wanted, {n_stored} there")
         model = GPT(config)
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as why:
-        reason = one_line(str(why))[:200]
-        raise checkpoint.Damaged(f"{path} is not of its meta.json's shape: {reason}") from None
     return model

@@ -52,19 +52,24 @@ class World:
         """Whether `flag` is set on any rank. Call on every rank."""
         return bool(self.sum(torch.tensor(int(flag))))
 
+    def from_main(self, value: object) -> object:
+        """Rank 0's `value`. Call on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def on_main(self, action: Callable[[], object]) -> object:
         """What `action` gives on rank 0, which alone calls it; a UserError there is raised on all.
         Call on every rank.
         """
-        result = [None, None]  # what it gives, or its error's text
+        value, error = None, None
         if self.is_main:
             try:
-                result[0] = action()
+                value = action()
             except UserError as why:
-                result[1] = str(why)
-        if self.size > 1:
-            dist.broadcast_object_list(result, src=0)
-        value, error = result
+                error = str(why)
+        value, error = self.from_main((value, error))
         if error:
             raise UserError(error)
         return value

@@ -17,13 +17,15 @@ def parameter_groups(
 
     `embedding_share` is the embeddings' learning rate as a share of the others'.
     """
-    parameters = list(model.named_parameters())
+    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    embeddings = {id(module.weight) for module in modules}
+    parameters = list(model.parameters())
     # In the order of one group of both and one of vectors, which older checkpoints number by.
-    embeddings = [p for name, p in parameters if p.dim() == 2 and ".h." not in name]
-    matrices = [p for name, p in parameters if p.dim() == 2 and ".h." in name]
-    vectors = [p for _, p in parameters if p.dim() < 2]
+    tables = [p for p in parameters if id(p) in embeddings]
+    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    vectors = [p for p in parameters if p.dim() < 2]
     return [
-        {"params": embeddings, "weight_decay": weight_decay, "lr_share": embedding_share},
+        {"params": tables, "weight_decay": weight_decay, "lr_share": embedding_share},
         {"params": matrices, "weight_decay": weight_decay, "lr_share": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_share": 1.0},
     ]
@@ -43,13 +45,15 @@ def build_optimizer(
     be compiled. Both read `found_inf` on the device, so a skipped update needs no host wait.
     """
     groups = parameter_groups(model, weight_decay, embedding_share)
+    matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
     if name == "muon":
-        groups[1]["params"] = []
+        taken = {id(parameter) for _, parameter in matrices}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     adamw.register_load_state_dict_pre_hook(keep_groups)
     if name == "adamw":
         return adamw
-    matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
     return MuonAdamW(
         matrices, adamw, weight_decay=weight_decay, world=world, is_compiled=is_compiled
     )
@@ -57,8 +61,13 @@ def build_optimizer(
 
 def keep_groups(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """Of a checkpoint the moments alone: how parameters are grouped, their decay and their rates
-    are the program's and the settings'.
+    are the program's and the settings'. Raises ValueError where they are not of the parameters.
     """
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    moments = ("exp_avg", "exp_avg_sq")
+    found = {n: {own[name].shape for name in moments} for n, own in state["state"].items()}
+    if found != {n: {shape} for n, shape in enumerate(shapes)}:
+        raise ValueError("its moments are not of this model's shape")
     return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -132,5 +141,7 @@ class SpikeGuard:
         return {name: getattr(self, name).cpu() for name in ("losses", "n_accepted", "n_skipped")}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.state_dict():
+        for name, own in self.state_dict().items():
+            if own.shape != state[name].shape:
+                raise ValueError(f"{name} of another shape")
             getattr(self, name).copy_(state[name])

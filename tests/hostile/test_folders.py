@@ -1,5 +1,6 @@
 """Damaged, foreign and forged folders, and places where nothing can be written."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hostile.scripts import complaints, run
 from nanosynth import checkpoint
@@ -135,7 +137,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("script", ["sample", "eval_ppl"])
+@pytest.mark.parametrize("script", READ_A_RUN)
 def test_forged_shapes(place, script, capfd):
     """Signed as ours are; refused before a model of that size is built."""
     path = checkpoint.best(place / "run")
@@ -184,16 +186,71 @@ def test_places_where_nothing_can_be_written(place, target, capfd):
     assert not found, "\n".join(found)
 
 
+FORGED = (
+    *("val_loss", "files", "files/model.safetensors", "files/train_state.pt", "aliases", "step"),
+    *("files/model.safetensors/bytes", "files/model.safetensors/sha256", "aliases/lm_head.weight"),
+    *("aliases/nonsense", "settings", "identity", "identity/model"),
+)
+
+
+def test_forged_metas(place, capfd):
+    """Signed as ours are; the only checkpoint, so that no other one can be taken."""
+    path, found = checkpoint.folder(place / "run", 6), []
+    shutil.rmtree(checkpoint.folder(place / "run", 3))
+    intact = (path / checkpoint.META).read_text()
+    readers = {script: [*given, "--step=6"] for script, given in READ_A_RUN.items()}
+    readers["train"] = flags(**{**RUN, "data_dir": "data", "out_dir": "run", "max_steps": 9})
+    for at in FORGED:
+        *parents, name = at.split("/")
+        for value in ("x", [[1]], 10**400):
+            meta = json.loads(intact)
+            functools.reduce(dict.__getitem__, parents, meta)[name] = value
+            sign(path, meta)
+            for script, given in readers.items():
+                found += [f"{at}: {c}" for c in complaints(script, given, capfd, place)]
+            assert runs.read("run").val  # of the other files
+    assert not found, "\n".join(found[:10])
+
+
+def save_anew(path: Path, change: Callable[[dict, dict], None]) -> None:
+    """Save a checkpoint again with its tensors and training state changed, signed as ours are."""
+    meta = checkpoint.read_meta(path)
+    tensors, state = checkpoint.read_model(path, meta), checkpoint.read_train_state(path)
+    change(tensors, state)
+    shutil.rmtree(path)
+    kept = {key: meta[key] for key in ("val_loss", "identity", "settings", "torch")}
+    checkpoint.save(path.parent, meta["step"], model=tensors, train_state=state, meta=kept)
+
+
+FORGED_STATES = {
+    "optimizer": ["x", {}, {"state": {}, "param_groups": []}, {"state": {0: {}}}, None],
+    "guard": ["x", {}, {"losses": torch.zeros(3)}, None],
+    "scaler": ["x", {"scale": "x"}, torch.zeros(3)],
+    "metrics_bytes": ["x", -1, None, [1]],
+}
+
+
+@pytest.mark.parametrize("name", FORGED_STATES)
+def test_forged_training_states(place, name, capfd):
+    path, found = checkpoint.folder(place / "run", 6), []
+    given = flags(**{**RUN, "data_dir": "data", "out_dir": "run", "max_steps": 9})
+    for value in FORGED_STATES[name]:
+        save_anew(path, lambda tensors, state, value=value: state.update({name: value}))
+        found += complaints("train", given, capfd, place)
+    assert not found, "\n".join(found)
+
+
+def test_moments_of_another_shape(place, capfd):
+    path = checkpoint.folder(place / "run", 6)
+    save_anew(path, lambda _, state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3)))
+    given = flags(**{**RUN, "data_dir": "data", "out_dir": "run", "max_steps": 9})
+    assert not complaints("train", given, capfd, place)
+
+
 def test_weights_that_are_not_finite(place, capfd):
     """Signed as ours are."""
     path = checkpoint.best(place / "run")
-    meta = checkpoint.read_meta(path)
-    tensors = checkpoint.read_model(path, meta)
-    next(iter(tensors.values())).view(-1)[3] = float("nan")
-    state = checkpoint.read_train_state(path)
-    shutil.rmtree(path)
-    kept = {key: meta[key] for key in ("val_loss", "identity", "settings", "torch")}
-    checkpoint.save(place / "run", meta["step"], model=tensors, train_state=state, meta=kept)
+    save_anew(path, lambda tensors, _: tensors["lm_head.weight"].view(-1)[3].fill_(torch.nan))
     for script, given in READ_A_RUN.items():
         assert not complaints(script, given, capfd, place), script
     given = flags(**{**RUN, "data_dir": "data", "out_dir": "run", "max_steps": 9})

@@ -302,12 +302,12 @@ def choose(
     if not config.weights:
         return np.ones(len(documents), dtype=bool), []
     group = np.array([part.source for part in source.parts])[documents["part"]]
-    tokens, split = documents["tokens"], documents["split"]
-    chosen = stats.weighted_choice(config.shares(), group, tokens, split, config.seed)
+    chosen = stats.weighted_choice(documents, group, config.shares(), config.seed)
     left_out = conversations.Reject("left out by --weights")
     for part, row in documents[["part", "row"]][~chosen].tolist():
         tally.drop(left_out, source.parts[part].name, row, left_out)
-    sums = np.bincount(group, tokens * chosen * (split == 0), len(config.source))
+    n_tokens = documents["tokens"] * chosen * (documents["split"] == 0)
+    sums = np.bincount(group, n_tokens, len(config.source))
     return chosen, [
         {"source": name, "wanted": wanted, "share": n / max(1, sums.sum())}
         for name, wanted, n in zip(config.source, config.shares(), sums.tolist(), strict=True)

@@ -140,9 +140,6 @@ def test_max_rows_is_a_seeded_sample_of_the_whole(tmp_path):
     ]
     assert sets[0] == sets[1] != sets[2]
     assert min(numbers(sets[0])) < 20 and max(numbers(sets[0])) > 80
-
-
-def test_max_rows_of_more_than_there_are_takes_all(tmp_path):
     assert run(tmp_path, QUESTIONS, max_rows=1000)["rows_read"] == 100
 
 
@@ -206,11 +203,6 @@ def test_special_looking_text_stays_text(tmp_path):
 def test_a_senseless_setting_is_refused_by_its_flag(changes):
     with pytest.raises(UserError, match="--"):
         prepare.PrepareConfig(**changes)
-
-
-def test_table_reads_meta(tmp_path):
-    meta = json.loads(json.dumps(run(tmp_path, QUESTIONS)))
-    assert re.search(r"^rows kept +100$", stats.summary(meta), re.MULTILINE)
 
 
 def test_rejects_have_their_place_reason_and_first_words(tmp_path):
@@ -546,15 +538,6 @@ def test_a_folder_that_cannot_be_made_or_opened_is_one_line(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(UserError, match="stopped while preparing .*data: .*Permission denied"):
         run(tmp_path, QUESTIONS)
-
-
-def test_a_second_one_in_the_same_folder_is_refused_at_once(tmp_path):
-    with (
-        bins.BinWriter(str(tmp_path / "data")),
-        pytest.raises(UserError, match="another process works in .*data"),
-    ):
-        run(tmp_path, QUESTIONS)
-    assert run(tmp_path, QUESTIONS)["rows_kept"] == 100
 
 
 def test_a_split_of_a_source_that_has_none_is_refused(tmp_path):

@@ -290,13 +290,10 @@ def _batch_rows(batch: object) -> Iterator[object]:
     that is not UTF-8, comes as a Reject.
     """
     names = batch.schema.names
-    if not names:
-        yield from ({} for _ in range(batch.num_rows))
-        return
     try:
         if len({*names}) < len(names):  # a dict would keep the last of them, unsaid
             raise ValueError("two columns of one name")
-        yield from batch.to_pylist()
+        yield from batch.to_pylist() if names else [{}] * batch.num_rows
     except Exception:  # pyarrow raises what the values' own types do
         for number in range(batch.num_rows):
             yield _row_or_reject(names, [column[number] for column in batch.columns])

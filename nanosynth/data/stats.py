@@ -123,13 +123,14 @@ def quantiles(values: np.ndarray) -> dict[str, int | float]:
 
 
 def weighted_choice(
-    weights: Sequence[float], group: np.ndarray, tokens: np.ndarray, split: np.ndarray, seed: int
+    documents: np.ndarray, group: np.ndarray, weights: Sequence[float], seed: int
 ) -> np.ndarray:
     """(documents,) bool: the most documents whose training tokens have these shares by group.
 
     Without replacement, in a seeded random order; of validation the same part of each group.
     """
-    n_tokens = np.array([tokens[(group == g) & (split == 0)].sum() for g in range(len(weights))])
+    tokens, split = documents["tokens"], documents["split"]
+    n_tokens = np.bincount(group, tokens * (split == 0), len(weights))
     parts = np.array(weights) * (n_tokens / weights).min() / np.maximum(n_tokens, 1)
     chosen = np.zeros(len(tokens), dtype=bool)
     for g, part in enumerate(parts.tolist()):
@@ -235,7 +236,7 @@ def draw(meta: dict, kept: np.ndarray, path: Path) -> None:
     panel.xaxis.set_minor_locator(ticker.NullLocator())
     for q, style in ((50, "-"), (90, "--"), (99, ":")):
         value = meta["document_tokens"][f"p{q}"]
-        label = f"{value:,} ({q} of 100 are below)"
+        label = f"{q} of 100 below {value:,}"
         panel.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
     panel.legend(frameon=False)
     axes["turns"].hist(turns, bins=np.arange(0.5, 13), rwidth=0.9)

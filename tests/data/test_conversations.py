@@ -10,6 +10,8 @@ HUMAN = {"from": "human", "value": "Hi"}
 GPT = {"from": "gpt", "value": "Yo"}
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 PAIR = [("user", "Hi"), ("assistant", "Yo")]
+SYSTEM = ("system", "S")
+PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
 
 
 def row(*turns: object) -> dict:
@@ -37,6 +39,36 @@ def row(*turns: object) -> dict:
         ({"conversations": None, "messages": None, "instruction": "Hi", "output": "Yo"}, PAIR),
         (row({"from": None, "value": None, "role": "user", "content": "Hi"}, GPT), PAIR),
         (row({"from": "human", "value": "  Hi\n"}, GPT), [("user", "  Hi\n"), PAIR[1]]),
+        ({**row(HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
+        ({**row(HUMAN, GPT), "system": "", "system_prompt": "S"}, [SYSTEM, *PAIR]),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "system": "T"}, [SYSTEM, *PAIR]),
+        ({**row({"from": "system", "value": ""}, HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
+        ({"instruction": "Hi", "output": "Yo", "system": "S", "history": [["a", "b"], ["c", "d"]]},
+         [SYSTEM, ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), *PAIR]),
+        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "history": MESSAGES},
+         [SYSTEM, *PAIR, *PAIR]),
+        ({"instruction": "Hi", "context": "x", "response": "Yo"}, [("user", "Hi\n\nx"), PAIR[1]]),
+        ({"instruction": None, "input": "Hi", "output": "Yo"}, PAIR),
+        ({"instruction": "", "input": "Hi", "output": "Yo"}, PAIR),
+        ({"instruction": "Hi", "input": [], "output": "", "response": "Yo"}, PAIR),
+        ({"conversations": [], "messages": MESSAGES}, PAIR),
+        ({"conversations": "", "messages": {}, "prompt": "Hi", "completion": "Yo"}, PAIR),
+        (row({"from": "", "value": "", "role": "user", "content": "Hi"}, GPT), PAIR),
+        (row({"from": " USER", "value": "Hi"}, {"from": "ChatGPT", "value": "Yo"}), PAIR),
+        (row({"from": "developer", "value": "S"}, {"role": "Human", "content": "Hi"},
+             {"from": "bing", "value": "Yo"}), [SYSTEM, *PAIR]),
+        ({"messages": [{"role": "user", "content": PARTS}, MESSAGES[1]]}, PAIR),
+        ({"prompt": "Hi", "response": "Yo"}, PAIR),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, PAIR),
+        ({"prompt": "Hi", "chosen": MESSAGES, "rejected": []}, PAIR),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, PAIR),
+        ({"system_prompt": "S", "question": "Hi", "response": "Yo"}, [SYSTEM, *PAIR]),
+        ({"query": "Hi", "answer": "Yo"}, PAIR),
+        ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, PAIR * 2),
+        ({"text": "Hi\n", "url": "x"}, [("text", "Hi\n")]),
+        ({"text": "Hi", "conversations": None, "output": ""}, [("text", "Hi")]),
+        (conversations.PlainText("Hi"), [("text", "Hi")]),
+        (MESSAGES, PAIR),
     ],
 )  # fmt: skip
 def test_each_form_of_row(found, turns):
@@ -108,49 +140,6 @@ def test_no_reason_is_left_untested():
     text = "".join((folder / f"{name}.py").read_text() for name in ("conversations", "formats"))
     reasons = set(re.findall(r'Reject\("(.+?)"[,)]', text))
     assert reasons == {reason.partition(":")[0] for reason, _ in REJECTS}
-
-
-SYSTEM = ("system", "S")
-PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
-
-
-@pytest.mark.parametrize(
-    ("found", "turns"),
-    [
-        ({**row(HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
-        ({**row(HUMAN, GPT), "system": "", "system_prompt": "S"}, [SYSTEM, *PAIR]),
-        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "system": "T"}, [SYSTEM, *PAIR]),
-        ({**row({"from": "system", "value": ""}, HUMAN, GPT), "system": "S"}, [SYSTEM, *PAIR]),
-        ({"instruction": "Hi", "output": "Yo", "system": "S", "history": [["a", "b"], ["c", "d"]]},
-         [SYSTEM, ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), *PAIR]),
-        ({**row({"from": "system", "value": "S"}, HUMAN, GPT), "history": MESSAGES},
-         [SYSTEM, *PAIR, *PAIR]),
-        ({"instruction": "Hi", "context": "x", "response": "Yo"}, [("user", "Hi\n\nx"), PAIR[1]]),
-        ({"instruction": None, "input": "Hi", "output": "Yo"}, PAIR),
-        ({"instruction": "", "input": "Hi", "output": "Yo"}, PAIR),
-        ({"instruction": "Hi", "input": [], "output": "", "response": "Yo"}, PAIR),
-        ({"conversations": [], "messages": MESSAGES}, PAIR),
-        ({"conversations": "", "messages": {}, "prompt": "Hi", "completion": "Yo"}, PAIR),
-        (row({"from": "", "value": "", "role": "user", "content": "Hi"}, GPT), PAIR),
-        (row({"from": " USER", "value": "Hi"}, {"from": "ChatGPT", "value": "Yo"}), PAIR),
-        (row({"from": "developer", "value": "S"}, {"role": "Human", "content": "Hi"},
-             {"from": "bing", "value": "Yo"}), [SYSTEM, *PAIR]),
-        ({"messages": [{"role": "user", "content": PARTS}, MESSAGES[1]]}, PAIR),
-        ({"prompt": "Hi", "response": "Yo"}, PAIR),
-        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, PAIR),
-        ({"prompt": "Hi", "chosen": MESSAGES, "rejected": []}, PAIR),
-        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, PAIR),
-        ({"system_prompt": "S", "question": "Hi", "response": "Yo"}, [SYSTEM, *PAIR]),
-        ({"query": "Hi", "answer": "Yo"}, PAIR),
-        ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, PAIR * 2),
-        ({"text": "Hi\n", "url": "x"}, [("text", "Hi\n")]),
-        ({"text": "Hi", "conversations": None, "output": ""}, [("text", "Hi")]),
-        (conversations.PlainText("Hi"), [("text", "Hi")]),
-        (MESSAGES, PAIR),
-    ],
-)  # fmt: skip
-def test_each_column_and_role_by_its_name(found, turns):
-    assert conversations.conversation(found) == turns
 
 
 @pytest.mark.parametrize(

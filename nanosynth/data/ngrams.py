@@ -5,7 +5,6 @@ windows of the training tokens stream past it, a chunk at a time, so that memory
 the training data.
 """
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -147,6 +146,7 @@ def _all_hashes(path: Path, one_in: int) -> np.ndarray:
 
 def _grams(path: Path, one_in: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(hash, number of its document) of each gram of a bin, by the chunk in which it starts."""
+    system_id = encoding().encode_ordinary("system")[0]  # follows <|im_start|> of a system turn
     # Before the chunk: the document's number, the id of the turn's role, the last two tokens.
     document, role, behind = 0, 0, np.full(2, END_OF_TEXT, dtype="<u2")
     for start in range(0, path.stat().st_size // 2, CHUNK_TOKENS):
@@ -161,14 +161,8 @@ def _grams(path: Path, one_in: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         is_text = n_special[GRAM:] == n_special[:-GRAM]
         opened = np.append(behind, chunk) == IM_START
         count = len(is_text)  # shorter than the chunk at the bin's end
-        keep = is_text & ~(opened[:-2] | opened[1:-1])[:count] & (roles != _system_id())[:count]
+        keep = is_text & ~(opened[:-2] | opened[1:-1])[:count] & (roles != system_id)[:count]
         hashes = window_hashes(ids, GRAM)
         keep &= hashes % np.uint64(one_in) == 0
         yield hashes[keep], documents[:count][keep]
         document, role, behind = int(documents[-1]), int(roles[-1]), chunk[-2:]
-
-
-@functools.cache
-def _system_id() -> int:
-    """The token that follows <|im_start|> of a system turn."""
-    return encoding().encode_ordinary("system")[0]

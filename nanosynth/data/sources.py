@@ -245,9 +245,9 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
         table = datasets.load_dataset(
             name, config or None, revision=commit, split=split, streaming=True
         )
-    splits = table.info.splits or {}
-    size = splits[split].num_examples or None if split in splits else None
-    is_wikitext = name.endswith("/wikitext")
+    splits, is_wikitext = table.info.splits or {}, name.endswith("/wikitext")
+    is_counted = split in splits and not is_wikitext
+    size = splits[split].num_examples or None if is_counted else None
 
     def read(part: Part) -> Iterator[object]:
         with _hub_errors(name, revision):
@@ -256,7 +256,6 @@ def _hub(name: str, revision: str, reading: Reading) -> Part:
     identity = {"source": name, "revision": commit}
     named = {"config": config, "split": reading.split}
     identity |= {key: value for key, value in named.items() if value}
-    size = None if is_wikitext else size
     return Part(name, identity, size, read, reading, has_splits=True)
 
 

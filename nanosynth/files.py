@@ -153,12 +153,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone, by a lock on the file .lock in it, which the kernel
-    releases however the process ends; raises UserError where another process holds it.
+    """Make a folder and hold it for this process alone, by a lock on the file .lock in it, which
+    the kernel releases however the process ends; raises UserError where another process holds it.
+    A new folder that stays empty goes again.
 
     Where the file system has no locks that is said, and nothing is held.
     """
-    path = folder / LOCK
+    path, is_new = folder / LOCK, not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = not_through_a_link(str(path), os.O_RDWR | os.O_CREAT)
         try:
@@ -184,3 +186,6 @@ def lock(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held, so that nobody is left with a lock on no file
         os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()

@@ -55,10 +55,8 @@ class BinWriter:
     def __init__(self, data_dir: str, *, has_picture: bool = False):
         self.data_dir = Path(data_dir)
         self.partial = self.data_dir / ".partial"
-        self._is_new = not self.data_dir.exists()
-        if not self._is_new and not self.data_dir.is_dir():
+        if self.data_dir.exists() and not self.data_dir.is_dir():
             raise UserError(f"--data_dir={data_dir} is no folder")
-        self.data_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock(self.data_dir))
             self._refuse_foreign(has_picture)
@@ -163,9 +161,6 @@ class BinWriter:
                 spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._stack.close()
-        if self._is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                self.data_dir.rmdir()
 
 
 def _stretches(file: BinaryIO, starts: np.ndarray, lengths: np.ndarray) -> Iterator[bytes]:

@@ -76,27 +76,18 @@ class World:
 
     @contextlib.contextmanager
     def own_folder(self, folder: Path) -> Iterator[None]:
-        """Make --out_dir's folder and hold it against other processes; a new one that stays empty
-        goes again. Call on every rank.
-        """
+        """Make --out_dir's folder and hold it against other processes. Call on every rank."""
 
-        def make_and_lock() -> None:
+        def lock() -> None:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(files.lock(folder))
             except OSError as error:
                 wanted = f"wanted a folder that can be written: {error}"
                 raise UserError(f"--out_dir={folder}; {wanted}") from None
 
-        is_new = not folder.exists()
-        try:
-            with contextlib.ExitStack() as held:
-                self.on_main(make_and_lock)
-                yield
-        finally:
-            if is_new and self.is_main:
-                with contextlib.suppress(OSError):  # it is not empty
-                    folder.rmdir()
+        with contextlib.ExitStack() as held:
+            self.on_main(lock)
+            yield
 
 
 def place_in_world(environment: Mapping[str, str]) -> tuple[int, int, int]:

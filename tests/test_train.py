@@ -7,14 +7,13 @@ import shutil
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import eval_ppl
 import train
-from nanosynth import UserError, checkpoint, files, settings
+from nanosynth import UserError, checkpoint, settings
 from nanosynth.data import bins
 from nanosynth.device import peak_flops
 from nanosynth.training import optim
@@ -285,17 +284,6 @@ def test_device_hours_are_counted_to_the_end_and_over_a_resume(tiny_bins, tmp_pa
     assert figures.figures(runs.read(str(out_dir)))["device-hours"] == hours[-1]
 
 
-def test_a_torn_checkpoint_is_said_aloud_and_an_older_one_taken(
-    tiny_bins, run_dir, tmp_path, capfd
-):
-    out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    os.truncate(out_dir / "step_000006" / checkpoint.TRAIN_STATE, 100)
-    assert losses(train_run(tiny_bins, out_dir)) == losses(read_metrics(run_dir))
-    said = capfd.readouterr().out
-    assert "damaged checkpoint" in said and "step_000006" in said and "step      3" in said
-    assert (out_dir / "step_000006.damaged").is_dir() and checkpoint.verify(out_dir / "step_000006")
-
-
 def test_a_damaged_older_checkpoint_does_not_stop_a_run(tiny_bins, run_dir, tmp_path):
     out_dir = shutil.copytree(run_dir, tmp_path / "run")
     (out_dir / "step_000003" / checkpoint.META).write_text("torn")
@@ -366,31 +354,6 @@ def test_resume_never_and_a_run_in_the_way(tiny_bins, run_dir, tmp_path):
         train_run(tiny_bins, out_dir, resume="never")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("what", ["deleted", "damaged", "linked", "another project's"])
-def test_work_is_never_started_over(tiny_bins, run_dir, tmp_path, what):
-    out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    for step in checkpoint.steps(out_dir):
-        path = checkpoint.folder(out_dir, step)
-        if what == "damaged":
-            os.truncate(path / checkpoint.MODEL, 100)
-            continue
-        os.rename(path, tmp_path / path.name)
-        if what == "linked":
-            path.symlink_to(tmp_path / path.name)
-    if what == "another project's":
-        for name in ("latest", "best"):
-            (out_dir / name).unlink()
-        (out_dir / "config.json").write_text('{"model": "theirs"}')
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"another --out_dir|put what it names in its place"):
-        train_run(tiny_bins, out_dir)
-    assert contents(tmp_path) == before
-
-
 def test_a_run_that_ended_before_its_first_checkpoint_is_started_over(tiny_bins, run_dir, tmp_path):
     """And its metrics are kept."""
     out_dir = tmp_path / "run"
@@ -401,16 +364,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_started_over(tiny_bins,
     assert losses(records) == losses(read_metrics(run_dir))
     kept = (out_dir / "metrics.jsonl.abandoned").read_bytes()
     assert kept == (run_dir / "metrics.jsonl").read_bytes()
-
-
-def test_two_runs_of_one_folder_are_refused(tiny_bins, run_dir, tmp_path):
-    out_dir = shutil.copytree(run_dir, tmp_path / "run")
-    before = contents(out_dir)
-    with files.lock(out_dir), pytest.raises(UserError, match="another process works in"):
-        train_run(tiny_bins, out_dir, max_steps=9)
-    assert contents(out_dir) == before
-    assert train_run(tiny_bins, out_dir, max_steps=9)[-1]["step"] == 9
-    assert not (out_dir / files.LOCK).exists()
 
 
 def skip_steps(monkeypatch, first: int, last: int) -> None:
@@ -496,12 +449,6 @@ def test_rows_without_an_answer_do_not_end_a_run(tmp_path):
     assert checkpoint.steps(tmp_path / "run") == [3]
     assert [record["step"] for record in records if record["split"] == "train"] == [0, 1, 2]
     assert not any(record.get("skipped") for record in records)
-
-
-def test_a_run_that_skips_too_many_steps_ends(tiny_bins, tmp_path):
-    with pytest.raises(UserError, match="[Ss]kipped"):
-        train_run(tiny_bins, tmp_path / "run", learning_rate=1e30, grad_clip=0.0, max_steps=30,
-                  warmup_steps=0, max_skipped_steps=3)  # fmt: skip
 
 
 def test_warmup_longer_than_the_run_is_refused(tiny_bins, tmp_path):

@@ -763,7 +763,7 @@ def open_log(run: Run, started: float) -> RunLog:
     """
     config, world, out_dir = run.config, run.world, run.out_dir
     name, metrics = device_name(world.device), out_dir / "metrics.jsonl"
-    spent_hours = device_hours(metrics) + (time.perf_counter() - started) / 3600 * world.size
+    spent_hours = device_hours(metrics)  # before a resumed run's file is cut off
     file = console = wandb = None
     if world.is_main:
         n_parameters = run.raw_model.n_parameters()
@@ -779,8 +779,8 @@ def open_log(run: Run, started: float) -> RunLog:
         }
         run_id = write_config(out_dir / "config.json", facts, first_step=run.first_step)
         console = Console(run.first_step, run.max_steps)
-        console.say(settings.describe(config))
         console.say(
+            f"{settings.describe(config)}\n"
             f"{n_parameters:,} parameters, {run.max_steps:,} steps of {run.tokens_per_step:,} "
             f"tokens, {world.size} x {name}, {facts['dtype']}, torch {torch.__version__}"
         )
@@ -803,11 +803,11 @@ def open_log(run: Run, started: float) -> RunLog:
         file,
         console,
         wandb,
-        device=world.device,
-        n_devices=world.size,
+        world=world,
         peak=peak_flops(name, run.dtype),
         budget_hours=config.budget_hours,
         spent_hours=spent_hours,
+        started=started,
     )
 
 

@@ -70,7 +70,7 @@ def random_bins(data_dir: str, block_size: int, n_rows: int = 64, n_val_rows: in
 
 def new_log(run: train.Run) -> RunLog:
     """A log that writes nothing."""
-    return RunLog(device=run.world.device, n_devices=1, peak=None)
+    return RunLog(world=run.world, peak=None)
 
 
 def time_steps(run: train.Run, first: int, count: int) -> list[float]:

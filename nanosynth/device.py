@@ -43,12 +43,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"{torch.__version__} finds no GPU that it can use; update the driver, install a "
                 "torch built for it, or say --device=cpu"
             )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
         raise UserError(f"--device={name}; wanted auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cpu":
         return device
     index = local_rank if device.index is None else device.index
@@ -116,12 +113,8 @@ def keep_freed_memory() -> None:
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """The device's dense peak in FLOP/s, or None where it is not known (a CPU, float32)."""
-    if dtype == torch.float32:
-        return None
-    return next(
-        (peak for name, peak in PEAK_FLOPS_16BIT.items() if re.search(rf"\b{name}\b", device_name)),
-        None,
-    )
+    alike = (name for name in PEAK_FLOPS_16BIT if re.search(rf"\b{name}\b", device_name))
+    return None if dtype == torch.float32 else PEAK_FLOPS_16BIT.get(next(alike, ""))
 
 
 def model_flops_utilisation(flops_per_second: float, n_devices: int, peak: float | None):

@@ -113,30 +113,26 @@ def one_line_errors() -> Iterator[None]:
     memory that is not there. Ctrl-C, and a reader that has gone, are silent.
     """
     terminal.prepare_streams()
-    name = program().removeprefix("-m ")
+    code, why = 0, None
     try:
         yield
         sys.stdout.flush()
-    except UserError as error:
-        code = f"{name}: error: {error}"
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         code = 141  # a shell's word for SIGPIPE
-    except OSError as error:
-        code = f"{name}: error: {error}"
+    except (UserError, OSError) as error:
+        code, why = 1, str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = terminal.one_line(str(error).partition(". ")[0])
-        code = f"{name}: error: out of memory: {reason}; take less at once, or a smaller model"
-    else:
-        code = 0
+        code, why = 1, f"out of memory: {reason}; take less at once, or a smaller model"
     finally:
         terminal.drop_unprinted()
-    if isinstance(code, str):
-        terminal.say(terminal.one_line(code), to_stderr=True)
-        code = 1
+    if why is not None:
+        said = f"{program().removeprefix('-m ')}: error: {why}"
+        terminal.say(terminal.one_line(said), to_stderr=True)
     if code:
         sys.exit(code)
 
@@ -175,14 +171,14 @@ def load(cls: type, argv: list[str], program: str, *, config_file: bool = False)
     origins = dict.fromkeys(fields, "default")
     for path in paths:
         for name, value in read_config(path).items():
-            values[name] = checked(cls, name, value, path)
+            values[name] = checked(fields, name, value, path)
             origins[name] = path
     for field in fields.values():
         either = {field.name, field.metadata["instead_of"]}
         if field.metadata["instead_of"] and either & {name for name, _ in flags}:
             values = {name: value for name, value in values.items() if name not in either}
     for name, text in flags:
-        value = checked(cls, name, text, "the command line", parse=True)
+        value = checked(fields, name, text, "the command line", parse=True)
         if fields[name].type == MANY and origins[name] == "command line":
             value = (*values[name], *value)
         values[name] = value
@@ -242,9 +238,8 @@ def read_config(path: str) -> dict[str, object]:
     return values
 
 
-def checked(cls: type, name: str, value: object, origin: str, *, parse: bool = False) -> object:
-    """`value` as the type of `cls`'s field `name`; with `parse` it is the text of a flag."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+def checked(fields: dict, name: str, value: object, origin: str, *, parse: bool = False) -> object:
+    """`value` as the type of the field `name`; with `parse` it is the text of a flag."""
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
@@ -326,13 +321,10 @@ def _shown(value: object) -> str:
 
 def describe(settings: Settings) -> str:
     """The values that differ from the defaults, each with its origin, one a line."""
-    changed = [
-        (field.name, getattr(settings, field.name))
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != field.default
-    ]
-    width = max((len(name) for name, _ in changed), default=0)
+    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    changed = {field.name: value for field, value in values.items() if value != field.default}
+    width = max(map(len, changed), default=0)
     return "\n".join(
         f"  {name:<{width}} = {value!r}  ({settings.origins.get(name, 'set by the program')})"
-        for name, value in changed
+        for name, value in changed.items()
     )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanosynth import UserError, settings, terminal
 from nanosynth.device import memory_gb, model_flops_utilisation
 from nanosynth.files import not_through_a_link, set_aside, write_atomically
+from nanosynth.training.distributed import World
 
 
 class MetricsFile:
@@ -175,26 +176,29 @@ class RunLog:
         console: Console | None = None,
         wandb: Wandb | None = None,
         *,
-        device: torch.device,
-        n_devices: int,
+        world: World,
         peak: float | None,
         budget_hours: float = math.inf,
         spent_hours: float = 0.0,
+        started: float | None = None,
     ):
-        """`spent_hours` of devices came before now, of the `budget_hours` of the whole run."""
+        """`peak` is a device's, in FLOP/s; `spent_hours` of devices came before `started`, by
+        time.perf_counter(), of the `budget_hours` of the whole run.
+        """
         self.file, self._console, self._wandb = file, console, wandb
-        self._device, self._n_devices, self._peak = device, n_devices, peak
+        self._world, self._peak = world, peak
         self._budget_hours, self._spent_hours = budget_hours, spent_hours
         self._is_first_flush, self._has_warned = True, False
         self._n_skipped, self._evaluated = 0, ""  # what the console says beside the training loss
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
-        self._started = self._clock = time.perf_counter()
+        self._clock = time.perf_counter()
+        self._started = started or self._clock
 
     @property
     def device_hours(self) -> float:
         """Of the whole run until now, whatever they went to."""
         seconds = time.perf_counter() - self._started
-        return self._spent_hours + seconds / 3600 * self._n_devices
+        return self._spent_hours + seconds / 3600 * self._world.size
 
     def train(self, fields: dict, stats: torch.Tensor, *, n_tokens: int, flops: float) -> None:
         """Queue a step: its fields, and [loss, grad_norm, loss_scale, n_skipped] on the device."""
@@ -214,9 +218,9 @@ class RunLog:
         measured = {
             "tokens_per_second": sum(n_tokens for _, _, n_tokens, _ in pending) / seconds,
             "mfu": model_flops_utilisation(
-                sum(flops for *_, flops in pending) / seconds, self._n_devices, self._peak
+                sum(flops for *_, flops in pending) / seconds, self._world.size, self._peak
             ),
-            "memory_gb": memory_gb(self._device),
+            "memory_gb": memory_gb(self._world.device),
             "device_hours": self.device_hours,
         }
         records = []
@@ -255,7 +259,7 @@ class RunLog:
 
     def _warn_of_budget(self, seconds_left: float) -> None:
         """Once, when the first steps, which compile, are over."""
-        expected = self.device_hours + seconds_left / 3600 * self._n_devices
+        expected = self.device_hours + seconds_left / 3600 * self._world.size
         if expected > self._budget_hours and not (self._is_first_flush or self._has_warned):
             self._has_warned = True
             budget = f"more than budget_hours={self._budget_hours:g}"

@@ -297,7 +297,7 @@ def saver(run_dir: Path) -> Callable[..., list[str]]:
     path = run_dir / "metrics.jsonl"
     file = train.MetricsFile(path, path.stat().st_size if path.exists() else 0)
     console = mock.Mock(say=said.append)
-    log = train.RunLog(file, console, device=tiny.CPU, n_devices=1, peak=None)
+    log = train.RunLog(file, console, world=tiny.ALONE, peak=None)
 
     def save(step: int, val_loss: float | None = None) -> list[str]:
         with torch.no_grad():

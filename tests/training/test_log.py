@@ -3,17 +3,20 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanosynth.training.log import Console, MetricsFile, RunLog, commit, write_config
-from tiny import CPU, train_run
+from tiny import ALONE, train_run
+
+FOUR = replace(ALONE, size=4)
 
 
 def run_log(*outputs, peak: float | None = 1e15) -> RunLog:
-    return RunLog(*outputs, device=CPU, n_devices=4, peak=peak)
+    return RunLog(*outputs, world=FOUR, peak=peak)
 
 
 def stats(loss: float = 2.0, grad_norm: float = 1.0, scale: float = 8.0, n_skipped: float = 0.0):
@@ -72,7 +75,7 @@ def test_a_record(tmp_path):
 def test_the_console_tells_how_the_run_is(capfd):
     """The last evaluation beside the loss, and how many steps were skipped, also between lines."""
     console = Console(0, 10)
-    log = RunLog(None, console, device=CPU, n_devices=4, peak=None, budget_hours=1.0)
+    log = RunLog(None, console, world=FOUR, peak=None, budget_hours=1.0)
     for step, n_skipped in enumerate((0.0, 1.0, 2.0, 0.0)):
         fields = {"step": step, "lr": 0.5, "rows": []}
         log.train(fields, stats(n_skipped=n_skipped), n_tokens=10, flops=1.0)
@@ -167,8 +170,7 @@ def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps():
     log = RunLog(
         None,
         console,
-        device=CPU,
-        n_devices=8,
+        world=replace(ALONE, size=8),
         peak=None,
         budget_hours=2.0,
         spent_hours=1.5,

@@ -107,6 +107,138 @@ FORMAT_VERSION = 1  # of tasks.json
 INSTALL = "pip install -r requirements-eval.txt"
 
 
+class Measurement:
+    """Of one checkpoint of a run: what is asked, with what, and what was found before."""
+
+    def __init__(self, run: runs.Run, meta: dict, config: VerdictConfig):
+        self.run, self.meta, self.config = run, meta, config
+        self.step = str(meta["step"])
+        self.data_dir = config.data_dir or meta.get("settings", {}).get("data_dir", "")
+        self.device = choose_device(config.device)
+        is_plain = config.dtype == "auto" and self.device.type != "cuda"  # float32 has fewer ties
+        self.dtype = choose_dtype("float32" if is_plain else config.dtype, self.device)
+        self.tasks = earlier_tasks(run, meta)
+        self.notices: list[str] = []  # a line for whatever had to be left out
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """(name, what measures it) of what --only names; without it, of what is missing, or of
+        another step or other data.
+        """
+        run, config, tasks = self.run, self.config, self.tasks
+        is_scored = bool(run.perplexity) and run.scored_step == self.meta["step"]
+        is_answered = bool(tasks["generation"])
+        with contextlib.suppress(UserError):  # without the bins, what was measured stays
+            val = bins.read_meta(self.data_dir)["files"]["val.bin"]
+            is_scored &= val["sha256"] == run.perplexity.get("data_sha256")
+            is_answered &= "validation" in tasks["generation"]
+        asked_before = {scored.get("asked_as") for scored in tasks["zero_shot"].values()}
+        known = {*tasks["zero_shot"], *asked_before} if not config.only else ()
+        names = [name for name in task_names(config.tasks) if name not in known]
+        if config.only == "perplexity" or not (config.only or is_scored):
+            yield "the perplexity", self.perplexity
+        if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
+            self.check_not_fewer("num_prompts", tasks["settings"].get("generation", {}))
+            yield "answers", self.answers
+        if names and config.only != "perplexity":
+            for name in names:
+                self.check_not_fewer("limit", tasks["zero_shot"].get(name, {}))
+            yield "zero-shot tasks", partial(self.zero_shot, names)
+
+    def check_not_fewer(self, name: str, before: dict) -> None:
+        """Refuse to replace a measurement by one of fewer prompts or documents; 0 is all."""
+        n, n_before = getattr(self.config, name), before.get(name, 1)
+        if self.config.only and n and (not n_before or n < n_before):
+            found = f"tasks.json in {self.run.path} is of --{name}={n_before}"
+            self.config.refuse(name, f"{found}; use that, or a copy of the run")
+
+    def perplexity(self) -> None:
+        """eval_ppl.json."""
+        config = self.config
+        how = {"data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
+        eval_ppl.main(eval_ppl.EvalConfig(run=self.run.path, step=self.step, **how))
+
+    def answers(self) -> None:
+        """The part `generation` of tasks.json, and task_generations.jsonl."""
+        started, config = time.perf_counter(), self.config
+        model, *_ = load(self.run.path, self.step, device=self.device, dtype=self.dtype)
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+        limits = {"block_size": model.config.block_size, "sampling": sampling}
+        sets = [answers.checked_prompts(prompts_file(config), **limits)]
+        val, train = self.open_data()
+        if val:
+            sets.insert(0, answers.validation_prompts(val, config.num_prompts, **limits))
+        if not importlib.util.find_spec("sacrebleu"):
+            self.notices.append(f"self-BLEU not measured: sacrebleu is missing; {INSTALL}")
+        how = {"num_samples": config.num_samples, "batch_size": config.batch_size}
+        found, records = {}, []
+        for prompts in sets:
+            n = len(prompts.ids)
+            if n < 2:  # a prompt is measured against another
+                self.notices.append(f"{prompts.name} not measured: {n} prompts fit, wanted 2")
+                found[prompts.name] = {}  # so that it is not tried each time
+                continue
+            found[prompts.name], of_set = answers.measure(
+                model, prompts, train=train, sampling=sampling, **how
+            )
+            records += of_set
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(Path(self.run.path) / "task_generations.jsonl", "".join(lines))
+        self.write_tasks("generation", found, started)
+
+    def open_data(self) -> tuple[bins.Split | None, bins.Split | None]:
+        """(validation, training); None where the bins are gone or were never there."""
+        path = self.data_dir
+        try:
+            val, train = bins.Split(path, "val"), bins.Split(path, "train")
+        except UserError as error:
+            self.notices.append(f"validation prompts and memorisation not measured: {error}")
+            return None, None
+        ranks = val.meta.get("tokenizer", {}).get("ranks_sha256", tokenizer.RANKS_SHA256)
+        if ranks != tokenizer.RANKS_SHA256:
+            raise UserError(f"{path} was made with another tokenizer; run prepare.py again")
+        if train.sha256 != self.meta["identity"].get("data_sha256"):
+            is_other = "is not what the run was trained on: 'memorised' counts that"
+            self.notices.append(f"{train.path} {is_other}")
+        return val, train
+
+    def zero_shot(self, names: list[str]) -> None:
+        """The part `zero_shot` of tasks.json; figures of tasks that are not asked for stay."""
+        started, config = time.perf_counter(), self.config
+        try:
+            from verdict.tasks import as_lm, measure
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name.split('.')[0]} is missing; {INSTALL}") from None
+        lm = as_lm(self.run.path, self.step, self.device, self.dtype, config.batch_size)
+        how = {"limit": config.limit, "chat_format": config.chat_format}
+        figures, not_run = measure(lm, names, **how)
+        self.notices += not_run
+        scores = {task: scored.pop("scores") for task, scored in figures.items()}
+        items = {task: {"step": self.meta["step"], "scores": of} for task, of in scores.items()}
+        write_atomically(
+            Path(self.run.path) / "task_items.json", json.dumps(self.run.items | items)
+        )
+        found = {task: scored | how for task, scored in figures.items()}
+        self.write_tasks("zero_shot", self.tasks["zero_shot"] | found, started)
+
+    def write_tasks(self, part: str, found: dict, started: float) -> None:
+        """tasks.json, with how this part of it was measured and how long that took."""
+        tasks, seconds = self.tasks, time.perf_counter() - started
+        tasks[part] = found
+        how = {"dtype": str(self.dtype).removeprefix("torch."), "seconds": seconds}
+        tasks["settings"][part] = asdict(self.config) | how
+        tasks["device"] = device_name(self.device)
+        tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())
+        others = json.loads((TASKS_DIR / "published.json").read_bytes())
+        tasks["published"] = {task: others[task] for task in tasks["zero_shot"] if task in others}
+        write_atomically(Path(self.run.path) / "tasks.json", json_text(tasks))
+
+
 def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
     """Measure what --only names, or what is missing; a line for each thing that could not be."""
     try:
@@ -118,123 +250,21 @@ def measure(run: runs.Run, config: VerdictConfig) -> list[str]:
         if config.only:  # it alone was asked for
             raise
         return [f"{run.path}: nothing is measured: {error}"]
-    notices, parts = [], list(wanted_parts(run, meta, config))
+    measurement = Measurement(run, meta, config)
+    place, parts = f"{run.path}, step {measurement.step}", list(measurement.parts())
     if parts:
         writable(Path(run.path), "copy the run, or use --only=report with an --output_dir")
     else:
-        print(f"{run.path}, step {meta['step']}: is measured; --only=PART measures a part anew")
+        print(f"{place}: is measured; --only=PART measures a part anew")
     for name, part in parts:
-        print(f"{run.path}, step {meta['step']}: measuring {name}", flush=True)
+        print(f"{place}: measuring {name}", flush=True)
         try:
-            notices += part()
+            part()
         except UserError as error:
             if config.only:
                 raise
-            notices.append(f"{name} not measured: {error}")
-    return [f"{run.path}: {notice}" for notice in notices]
-
-
-def wanted_parts(
-    run: runs.Run, meta: dict, config: VerdictConfig
-) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """(name, what measures it) of what --only names; without it, of what is missing, or of another
-    step or other data. Each gives a line for whatever it had to leave out.
-    """
-    tasks = earlier_tasks(run, meta)
-    is_scored = bool(run.perplexity) and run.scored_step == meta["step"]
-    is_answered = bool(tasks["generation"])
-    with contextlib.suppress(UserError):  # without the bins, what was measured stays
-        val = bins.read_meta(data_dir(meta, config))["files"]["val.bin"]
-        is_scored &= val["sha256"] == run.perplexity.get("data_sha256")
-        is_answered &= "validation" in tasks["generation"]
-    asked_before = {scored.get("asked_as") for scored in tasks["zero_shot"].values()}
-    known = {*tasks["zero_shot"], *asked_before} if not config.only else ()
-    names = [name for name in task_names(config.tasks) if name not in known]
-    if config.only == "perplexity" or not (config.only or is_scored):
-        yield "the perplexity", partial(measure_perplexity, run, meta, config)
-    if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
-        check_not_fewer(run, config, "num_prompts", tasks["settings"].get("generation", {}))
-        yield "answers", partial(measure_answers, run, meta, tasks, config)
-    if names and config.only != "perplexity":
-        for name in names:
-            check_not_fewer(run, config, "limit", tasks["zero_shot"].get(name, {}))
-        yield "zero-shot tasks", partial(measure_zero_shot, run, meta, tasks, config, names)
-
-
-def check_not_fewer(run: runs.Run, config: VerdictConfig, name: str, before: dict) -> None:
-    """Refuse to replace a measurement by one of fewer prompts or documents; 0 is all."""
-    n, n_before = getattr(config, name), before.get(name, 1)
-    if config.only and n and (not n_before or n < n_before):
-        more = f"--{name}={n_before}"
-        config.refuse(
-            name, f"tasks.json in {run.path} is of {more}; use that, or a copy of the run"
-        )
-
-
-def measure_perplexity(run: runs.Run, meta: dict, config: VerdictConfig) -> list[str]:
-    """eval_ppl.json."""
-    wanted = {"data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
-    eval_ppl.main(eval_ppl.EvalConfig(run=run.path, step=str(meta["step"]), **wanted))
-    return []
-
-
-def measure_answers(run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig) -> list[str]:
-    """The part `generation` of tasks.json, and task_generations.jsonl."""
-    started = time.perf_counter()
-    device, dtype = place(config)
-    model, *_ = load(run.path, str(meta["step"]), device=device, dtype=dtype)
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    limits = {"block_size": model.config.block_size, "sampling": sampling}
-    sets = [answers.checked_prompts(prompts_file(config), **limits)]
-    val, train, notices = open_data(meta, data_dir(meta, config))
-    if val:
-        sets.insert(0, answers.validation_prompts(val, config.num_prompts, **limits))
-    if not importlib.util.find_spec("sacrebleu"):
-        notices.append(f"self-BLEU not measured: sacrebleu is missing; {INSTALL}")
-    tasks["generation"], records = {}, []
-    for prompts in sets:
-        if len(prompts.ids) < 2:  # a prompt is measured against another
-            notices.append(f"{prompts.name} not measured: {len(prompts.ids)} prompts fit, wanted 2")
-            tasks["generation"][prompts.name] = {}  # so that it is not tried each time
-            continue
-        tasks["generation"][prompts.name], of_set = answers.measure(
-            model,
-            prompts,
-            num_samples=config.num_samples,
-            batch_size=config.batch_size,
-            train=train,
-            sampling=sampling,
-        )
-        records += of_set
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(Path(run.path) / "task_generations.jsonl", "".join(lines))
-    write_tasks(run, tasks, "generation", config, started)
-    return notices
-
-
-def measure_zero_shot(
-    run: runs.Run, meta: dict, tasks: dict, config: VerdictConfig, names: list[str]
-) -> list[str]:
-    """The part `zero_shot` of tasks.json; figures of tasks that are not asked for stay."""
-    started = time.perf_counter()
-    try:
-        from verdict.tasks import as_lm, measure
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name.split('.')[0]} is missing; {INSTALL}") from None
-    lm = as_lm(run.path, str(meta["step"]), *place(config), config.batch_size)
-    how = {"limit": config.limit, "chat_format": config.chat_format}
-    figures, not_run = measure(lm, names, **how)
-    items = {task: {"step": meta["step"], "scores": f.pop("scores")} for task, f in figures.items()}
-    write_atomically(Path(run.path) / "task_items.json", json.dumps(run.items | items))
-    tasks["zero_shot"] |= {task: scored | how for task, scored in figures.items()}
-    write_tasks(run, tasks, "zero_shot", config, started)
-    return not_run
+            measurement.notices.append(f"{name} not measured: {error}")
+    return [f"{run.path}: {notice}" for notice in measurement.notices]
 
 
 def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> list[str]:
@@ -256,35 +286,8 @@ def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> li
     return []
 
 
-def place(config: VerdictConfig) -> tuple[torch.device, torch.dtype]:
-    """Where answers and tasks are computed; on a CPU in float32, which has fewer ties."""
-    device = choose_device(config.device)
-    is_plain = config.dtype == "auto" and device.type != "cuda"
-    return device, choose_dtype("float32" if is_plain else config.dtype, device)
-
-
 def prompts_file(config: VerdictConfig) -> Path:
     return Path(config.prompts or TASKS_DIR / "prompts.jsonl")
-
-
-def data_dir(meta: dict, config: VerdictConfig) -> str:
-    """The bins to measure on; those of the run, empty where it has none."""
-    return config.data_dir or meta.get("settings", {}).get("data_dir", "")
-
-
-def open_data(meta: dict, path: str) -> tuple[bins.Split | None, bins.Split | None, list[str]]:
-    """(validation, training, notices); None where the bins are gone or were never there."""
-    try:
-        val, train = bins.Split(path, "val"), bins.Split(path, "train")
-    except UserError as error:
-        return None, None, [f"validation prompts and memorisation not measured: {error}"]
-    ranks = val.meta.get("tokenizer", {}).get("ranks_sha256", tokenizer.RANKS_SHA256)
-    if ranks != tokenizer.RANKS_SHA256:
-        raise UserError(f"{path} was made with another tokenizer; run prepare.py again")
-    if train.sha256 == meta["identity"].get("data_sha256"):
-        return val, train, []
-    other = f"{train.path} is not what the run was trained on: 'memorised' counts that"
-    return val, train, [other]
 
 
 def task_names(tasks: str) -> list[str]:
@@ -306,20 +309,6 @@ def earlier_tasks(run: runs.Run, meta: dict) -> dict:
     is_current = all(run.tasks.get(key) == facts[key] for key in ("format_version", "step"))
     earlier = run.tasks if is_current else {}
     return facts | {key: earlier.get(key, {}) for key in ("settings", "generation", "zero_shot")}
-
-
-def write_tasks(
-    run: runs.Run, tasks: dict, part: str, config: VerdictConfig, started: float
-) -> None:
-    """tasks.json, with how this part of it was measured and how long that took."""
-    device, dtype = place(config)
-    used = {"dtype": str(dtype).removeprefix("torch."), "seconds": time.perf_counter() - started}
-    tasks["settings"][part] = asdict(config) | used
-    tasks["device"] = device_name(device)
-    tasks["seconds"] = sum(used["seconds"] for used in tasks["settings"].values())
-    others = json.loads((TASKS_DIR / "published.json").read_bytes())
-    tasks["published"] = {task: others[task] for task in tasks["zero_shot"] if task in others}
-    write_atomically(Path(run.path) / "tasks.json", json_text(tasks))
 
 
 def main(config: VerdictConfig) -> None:

@@ -7,21 +7,16 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import NamedTuple
-
-import torch
 
 from nanosynth.training.optim import SpikeGuard
 from verdict import quality
+from verdict.events import MAX_OVERFLOWS, MAX_RISE, SPIKE_SIGMAS
 from verdict.runs import Run, numbers
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "NOT MEASURED"
 SECOND_SEED = "needs a second seed"
 MAX_PERPLEXITY = 20.0
 MIN_COHERENT = 0.9
-SPIKE_SIGMAS = 8.0  # train.py's default; fixed here, so that a run's setting can't soften it
-MAX_RISE = 0.3  # nats: a perplexity a third higher
-MAX_OVERFLOWS = 3  # in a row: a loss scale up to 8 times too high
 MAX_SPREAD = 0.05
 GPU_HOURS = 1.0  # the budget of one run
 
@@ -61,43 +56,6 @@ HOW = {
 }
 
 
-class Events(NamedTuple):
-    """The steps at which training went wrong; a skipped step of no other kind overflowed."""
-
-    not_finite: list[int]
-    spikes: list[int]  # with the steps at which the mean first stood MAX_RISE above its lowest
-    skipped: list[int]
-
-
-def find_events(train: list[dict]) -> Events:
-    """Replays the losses of metrics.jsonl through the guard that training itself uses."""
-    guard = SpikeGuard(SPIKE_SIGMAS, torch.device("cpu"))
-    not_finite, spikes, skipped = [], [], []
-    lowest, risen, n_overflows = math.inf, False, 0
-    for record in train:
-        step, is_finite = record["step"], record["grad_norm"] is not None
-        loss = torch.tensor(math.nan if record["loss"] is None else float(record["loss"]))
-        accepted = guard.accepts(loss)
-        n_overflows = 0 if is_finite else n_overflows + 1
-        is_overflow = record["loss_scale"] > 1 and n_overflows <= MAX_OVERFLOWS
-        if record["loss"] is None:
-            not_finite.append(step)
-        elif not accepted or (is_finite and record["skipped"]):
-            spikes.append(step)
-        elif not is_finite and not is_overflow:
-            not_finite.append(step)
-        if record["skipped"]:
-            skipped.append(step)
-        guard.note(loss, accepted & (not record["skipped"]))
-        if guard.n_accepted >= guard.WINDOW:
-            mean = guard.losses.mean().item()
-            lowest = min(lowest, mean)
-            if mean > lowest + MAX_RISE and not risen:
-                spikes.append(step)
-            risen = mean > lowest + MAX_RISE
-    return Events(not_finite, spikes, skipped)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
     """One criterion on one run (reproducibility: on the seeds of a recipe)."""
@@ -121,12 +79,9 @@ class Judgement:
         return SECOND_SEED if self.is_one_seed else self.verdict
 
 
-def judge(recipe: list[Run], events: dict[str, Events]) -> list[Judgement]:
+def judge(recipe: list[Run]) -> list[Judgement]:
     """Three criteria on each run of a recipe, and how well its seeds agree."""
-    by_run = {
-        run.path: [perplexity(run), coherence(run), stability(run, events[run.path])]
-        for run in recipe
-    }
+    by_run = {run.path: [perplexity(run), coherence(run), stability(run)] for run in recipe}
     return [*(j for judged in by_run.values() for j in judged), reproducibility(recipe, by_run)]
 
 
@@ -190,10 +145,10 @@ def coherence(run: Run) -> Judgement:
     )
 
 
-def stability(run: Run, events: Events) -> Judgement:
+def stability(run: Run) -> Judgement:
     judged = partial(Judgement, criterion="stability", runs=[run.path])
-    n_bad = len({*events.not_finite, *events.spikes})
-    listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in events._asdict().items()]
+    n_bad = len({*run.events.not_finite, *run.events.spikes})
+    listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in run.events._asdict().items()]
     remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
     steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
     is_whole = steps == list(range(wanted))

@@ -13,7 +13,6 @@ from matplotlib.ticker import LogLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
 from nanosynth.files import write_atomically
-from verdict.criteria import Events
 from verdict.figures import GAP_STEPS
 from verdict.runs import Run
 
@@ -33,7 +32,7 @@ PANELS = {
 }
 
 
-def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
+def draw(found: list[Run], path: Path) -> None:
     """Draw the runs over one another, and replace `path` by the picture."""
     with rc_context(PLAIN):
         figure = Figure(figsize=(12, 11), layout="constrained")
@@ -42,7 +41,7 @@ def draw(found: list[Run], events: dict[str, Events], path: Path) -> None:
             height_ratios=[2.2, 1, 1],
         )
         for name, axis in axes.items():
-            _draw_panel(axis, name, found, events)
+            _draw_panel(axis, name, found)
         figure.legend(*_labels(axes["loss"]), fontsize=9, loc="outside upper left", ncols=2)
         _write(figure, path)
 
@@ -75,7 +74,7 @@ def draw_labels(labels: dict[str, list[tuple]], path: Path) -> None:
         _write(figure, path)
 
 
-def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:
+def as_svg(found: list[Run]) -> list[str]:
     """Each panel as an <svg> of its own, drawn in the text colour of the page that has it."""
     pictures = []
     lines = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK)
@@ -84,7 +83,7 @@ def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:
         for name in PANELS:
             figure = Figure(figsize=(7, 5) if name == "loss" else (5, 3), layout="constrained")
             axis = figure.subplots()
-            _draw_panel(axis, name, found, events)
+            _draw_panel(axis, name, found)
             if name == "loss":
                 figure.legend(*_labels(axis), fontsize=9, loc="outside upper left")
             text = io.StringIO()
@@ -94,11 +93,11 @@ def as_svg(found: list[Run], events: dict[str, Events]) -> list[str]:
     return pictures
 
 
-def _draw_panel(axis: Axes, name: str, found: list[Run], events: dict[str, Events]) -> None:
+def _draw_panel(axis: Axes, name: str, found: list[Run]) -> None:
     for number, run in enumerate(found):
         colour = f"C{number % 10}"
         if name == "loss":
-            _draw_losses(axis, run, events[run.path], colour)
+            _draw_losses(axis, run, colour)
         else:
             axis.plot(*_series(run.train, name), color=colour, linewidth=1, alpha=0.7)
     title, scale = PANELS[name]
@@ -127,7 +126,7 @@ def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array([record[name] for record in records], dtype=float)
 
 
-def _draw_losses(axis: Axes, run: Run, events: Events, colour: str) -> None:
+def _draw_losses(axis: Axes, run: Run, colour: str) -> None:
     steps, losses = _series(run.train, "loss")
     axis.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.6)
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
@@ -141,7 +140,7 @@ def _draw_losses(axis: Axes, run: Run, events: Events, colour: str) -> None:
     label = f"{run.path}: validation" if run.val else None
     axis.plot(*_series(run.val, "loss"), "--", color=colour, linewidth=0.8, label=label, **marks)
     for kind, (marker, height, label) in MARKS.items():
-        if steps := getattr(events, kind):
+        if steps := getattr(run.events, kind):
             # At the panel's edge, however far a value flew.
             across = {"transform": axis.get_xaxis_transform(), "markersize": 9}
             axis.plot(steps, [height] * len(steps), marker, color=colour, label=label, **across)

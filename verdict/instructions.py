@@ -11,6 +11,7 @@ from nanosynth import UserError
 from nanosynth.data import utf8
 
 _BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+_SENTENCE_END = r"[.!?]+[\"'”)]*(?:\s+|$)"  # or the text's end
 _NUMBER = re.compile(r"^\s*(\d+)[.):]\s+\S", re.MULTILINE)
 
 
@@ -32,33 +33,22 @@ def plain(text: str) -> str:
     return text.strip().strip("\"'“”").rstrip(".").strip()
 
 
-def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+def n_lines(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.splitlines())
 
 
-def paragraphs(text: str) -> list[str]:
-    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-def sentences(text: str) -> int:
-    """Stretches that end with . ! or ? before a space or the end, or with the text."""
-    return len([part for part in re.split(r"[.!?]+[\"'”)]*(?:\s+|$)", text) if part.strip()])
+def n_parts(text: str, separator: str) -> int:
+    """Stretches between the separators, the blank ones apart."""
+    return len([part for part in re.split(separator, text) if part.strip()])
 
 
 def items(text: str) -> int:
     """Of a bulleted or numbered list, or of several lines; else parts between commas or 'and'."""
     marked = len(_BULLET.findall(text)) or len(_NUMBER.findall(text))
-    if marked:
-        return marked
-    if len(lines(text)) > 1:
-        return len(lines(text))
-    tail = plain(text.rsplit(":", 1)[-1])
-    return len([part for part in re.split(r",\s*(?:and\s+)?|\s+and\s+", tail) if part.strip()])
-
-
-def in_order(text: str, words: list[str]) -> bool:
-    """Each of the words once, one after the other."""
-    return [word for word in lower_words(text) if word in words] == words
+    listed = marked or n_lines(text)
+    if marked or listed > 1:
+        return listed
+    return n_parts(plain(text.rsplit(":", 1)[-1]), r",\s*(?:and\s+)?|\s+and\s+")
 
 
 def is_json(text: str, keys: list[str]) -> bool:
@@ -70,11 +60,6 @@ def is_json(text: str, keys: list[str]) -> bool:
     return isinstance(value, dict) and set(keys) <= set(value)
 
 
-def quoted(text: str) -> bool:
-    inner = text.strip()
-    return len(inner) > 2 and inner[0] in '"“' and inner[-1] in '"”'
-
-
 CHECKS = {  # of an answer, by kind; the other arguments are those of the check
     "one_word": lambda answer: len(words(answer)) == 1,
     "n_words": lambda answer, n: len(words(answer)) == n,
@@ -83,9 +68,9 @@ CHECKS = {  # of an answer, by kind; the other arguments are those of the check
     "n_items": lambda answer, n: items(answer) == n,
     "numbered": lambda answer, n: _NUMBER.findall(answer) == [str(k + 1) for k in range(n)],
     "bullets": lambda answer, n: len(_BULLET.findall(answer)) == n,
-    "n_lines": lambda answer, n: len(lines(answer)) == n,
-    "n_sentences": lambda answer, n: sentences(answer) == n,
-    "n_paragraphs": lambda answer, n: len(paragraphs(answer)) == n,
+    "n_lines": lambda answer, n: n_lines(answer) == n,
+    "n_sentences": lambda answer, n: n_parts(answer, _SENTENCE_END) == n,
+    "n_paragraphs": lambda answer, n: n_parts(answer, r"\n\s*\n") == n,
     "upper_case": str.isupper,
     "lower_case": str.islower,
     "starts_with": lambda answer, text: answer.strip().startswith(text),
@@ -96,8 +81,8 @@ CHECKS = {  # of an answer, by kind; the other arguments are those of the check
     "contains_text": lambda answer, texts: all(part in answer for part in texts),
     "excludes": lambda answer, words: not set(words) & set(lower_words(answer)),
     "excludes_text": lambda answer, texts: not any(part in answer for part in texts),
-    "in_order": in_order,
-    "quoted": quoted,
+    "in_order": lambda answer, words: [w for w in lower_words(answer) if w in words] == words,
+    "quoted": lambda answer: bool(re.fullmatch(r'["“].+["”]', answer.strip(), re.DOTALL)),
     "json": is_json,
 }
 

@@ -29,7 +29,6 @@ from verdict.criteria import (
     NOT_MEASURED,
     PASS,
     SECOND_SEED,
-    Events,
     Judgement,
 )
 from verdict.figures import answers, by_label, by_position, figures, leaves, loss_at
@@ -263,10 +262,10 @@ def chosen_samples(run: Run, count: int) -> dict[str, list[dict]]:
     return {name: list(groups[name].values()) for name in order if groups.get(name)}
 
 
-def gather(runs: list[Run], events: dict[str, Events], n_samples: int) -> dict:
+def gather(runs: list[Run], n_samples: int) -> dict:
     """What the templates show, beside what they make of a run by filters."""
     recipes = criteria.recipes(runs)
-    judged = [criteria.judge(recipe, events) for recipe in recipes]
+    judged = [criteria.judge(recipe) for recipe in recipes]
     by_run = figures_by_run([run for recipe in recipes for run in recipe])
     return {
         "runs": runs,
@@ -332,16 +331,16 @@ def template(name: str) -> jinja2.Template:
     return found.get_template(name, globals={"criteria": criteria, "control": control})
 
 
-def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:
+def summary(facts: dict) -> dict:
     """report.json, as an object."""
-    thresholds = criteria.THRESHOLDS
+    runs, thresholds = facts["runs"], criteria.THRESHOLDS
     found = {
         "format_version": 1,
         "headlines": facts["headlines"],
         "criteria": [asdict(j) | {"threshold": thresholds[j.criterion]} for j in facts["judged"]],
         "how": criteria.HOW,
         "figures": {"by_run": facts["by_run"], "spread": facts["spread"]},
-        "events": {path: found._asdict() for path, found in events.items()},
+        "events": {run.path: run.events._asdict() for run in runs},
         "runs": {run.path: {"config": run.config, "data": run.data} for run in runs},
         "notes": facts["notes"],
     }
@@ -350,16 +349,15 @@ def summary(facts: dict, runs: list[Run], events: dict[str, Events]) -> dict:
 
 def write(runs: list[Run], folder: Path, n_samples: int) -> str:
     """Write the four files; what the terminal shows of them."""
-    events = {run.path: criteria.find_events(run.train) for run in runs}
-    facts = gather(runs, events, n_samples)
-    found = json.dumps(summary(facts, runs, events), indent=2)
-    page = template("report.html").render(facts, pictures=curves.as_svg(runs, events))
+    facts = gather(runs, n_samples)
+    found = json.dumps(summary(facts), indent=2)
+    page = template("report.html").render(facts, pictures=curves.as_svg(runs))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.html", page)
         write_atomically(folder / "report.md", template("report.md").render(facts))
         write_atomically(folder / "report.json", found)
-        curves.draw(runs, events, folder / "curves.png")
+        curves.draw(runs, folder / "curves.png")
         for number, run in enumerate(runs, 1):
             if labels := by_label(run):
                 curves.draw_labels(labels, folder / labels_file(number))

@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from nanosynth import UserError, checkpoint
 from nanosynth.data import bins
 from nanosynth.schema import misfit
 from verdict import schemas
+from verdict.events import Events, find_events
 from verdict.schemas import END_LINE, SAMPLE, TRAIN_LINE, VAL_LINE
 
 BY = ("by_source", "by_category", "by_position")  # the parts of eval_ppl.json
@@ -39,6 +40,10 @@ class Run:
     samples: list[dict] = field(default_factory=list)
     samples_file: str = ""
     notes: list[str] = field(default_factory=list)  # what could not be read, or does not agree
+
+    @cached_property
+    def events(self) -> Events:
+        return find_events(self.train)
 
     @property
     def settings(self) -> dict:

@@ -13,6 +13,7 @@ from tiny import command, train_run
 from verdict import criteria, curves, figures, quality, report, runs
 from verdict.__main__ import VerdictConfig
 from verdict.criteria import FAIL, NOT_MEASURED, PASS
+from verdict.events import find_events
 
 N_STEPS = 400
 TOKENS = 100  # a step
@@ -82,11 +83,10 @@ def write_run(path: Path, *, config=None, records=None, torn: str = "", **files:
 def compose(*folders: object, page: bool = True) -> tuple[str, dict]:
     """What report.md and report.json of these runs hold; `page`: report.html is rendered too."""
     loaded = [path if isinstance(path, runs.Run) else runs.read(path) for path in folders]
-    events = {run.path: criteria.find_events(run.train) for run in loaded}
-    facts = report.gather(loaded, events, n_samples=5)
+    facts = report.gather(loaded, n_samples=5)
     if page:
         assert report.template("report.html").render(facts, pictures=["<svg></svg>"])
-    return report.template("report.md").render(facts), report.summary(facts, loaded, events)
+    return report.template("report.md").render(facts), report.summary(facts)
 
 
 def verdicts(found: dict) -> dict[str, str]:
@@ -115,14 +115,14 @@ def verdicts(found: dict) -> dict[str, str]:
     ],
 )
 def test_events(changes, kind, steps):
-    assert getattr(criteria.find_events(train_records(**changes)), kind) == steps
+    assert getattr(find_events(train_records(**changes)), kind) == steps
 
 
 def test_a_slow_rise_is_found_where_no_step_is_a_spike():
     records = train_records()
     for record in records[250:]:
         record["loss"] += (record["step"] - 250) * 0.01
-    (step,) = criteria.find_events(records).spikes
+    (step,) = find_events(records).spikes
     assert 300 < step < 400
 
 
@@ -130,12 +130,12 @@ def test_a_slow_rise_is_found_where_no_step_is_a_spike():
 def test_a_skipped_step_stays_out_of_the_window(skipped):
     """Within it these losses would widen the deviation until the spike at 300 is none."""
     above = {f"s{step}": {"loss": 3.35, "skipped": 1, **skipped} for step in range(200, 300, 2)}
-    events = criteria.find_events(train_records(**above, s300={"loss": 3.6}))
+    events = find_events(train_records(**above, s300={"loss": 3.6}))
     assert 300 in events.spikes and len(events.skipped) == 50
 
 
 def judge(run: runs.Run) -> dict[str, criteria.Judgement]:
-    judged = criteria.judge([run], {run.path: criteria.find_events(run.train)})
+    judged = criteria.judge([run])
     return {judgement.criterion: judgement for judgement in judged}
 
 
@@ -427,8 +427,7 @@ def test_curves_of_runs_with_every_event_and_of_one_without_steps(tmp_path):
         **{"s200": {"loss": 9.0}, "s300": {"grad_norm": None, "skipped": 1}, "s310": {"loss": None}}
     )
     loaded = [runs.Run(path="a", train=records, val=[val_record(400, 3.0)]), runs.Run(path="b")]
-    events = {run.path: criteria.find_events(run.train) for run in loaded}
-    curves.draw(loaded, events, tmp_path / "curves.png")
+    curves.draw(loaded, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,7 @@ from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.inference.generation import Sampling
 from tiny import command, tiny_model, write_bins, write_jsonl
-from verdict import TASKS_DIR, answers, curves, instructions, quality
+from verdict import TASKS_DIR, answers, curves, instructions, quality, runs
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
 
@@ -361,8 +361,9 @@ def test_bins_of_another_tokenizer_are_refused(tmp_path):
     path = tmp_path / "bins" / "meta.json"
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"tokenizer": {"ranks_sha256": "other"}}))
+    meta = {"step": 7, "settings": {"data_dir": data_dir}}
     with pytest.raises(UserError, match="was made with another tokenizer"):
-        verdict.open_data({}, data_dir)
+        verdict.Measurement(runs.Run(path="x"), meta, config_of()).open_data()
 
 
 def test_task_names():

@@ -34,7 +34,7 @@ browser: $(VENV)/.development
 	$(RUN) -m pytest tests/verdict/test_browser.py
 
 faults: $(VENV)/.development
-	$(RUN) -m pytest tests/faults --campaign
+	$(RUN) -m pytest tests/faults -n 2 --dist worksteal --campaign
 
 clients: $(VENV)/.development $(RUN_DIR)
 	$(RUN) tests/clients/compare.py --run=$(RUN_DIR) --venvs=.venv-clients

@@ -6,6 +6,7 @@ Usage:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -41,9 +42,7 @@ class EvalConfig(settings.Settings):
     )
     stride: int = setting(0, "tokens scored a window; 0: the context, so no overlap", at_least=0)
     batch_size: int = setting(8, "windows a GPU takes at once", at_least=1)
-    seed: int = setting(
-        42, "of the bootstrap, which gives the intervals", at_least=0, at_most=settings.LARGEST_SEED
-    )
+    seed: int = setting(42, "of the bootstrap, which gives the intervals", **settings.SEED)
     output_dir: str = setting("", "where eval_ppl.json goes; empty: the run's folder", path=True)
 
 
@@ -105,23 +104,17 @@ def score(
     return world.sum(losses).numpy()  # what another rank scored is zero here
 
 
-def bootstrap(
-    losses: np.ndarray, document: np.ndarray, weights: np.ndarray, seed: int
-) -> list[float]:
-    """95% interval of the perplexity over tokens of weight 1, resampling whole documents.
+def bootstrap(units: np.ndarray, statistic: Callable[..., float], seed: int = 42) -> list[float]:
+    """95% interval of `statistic`, which is given the sum of each column of `units` (n, k).
 
-    Not tokens: those of a document are hard or easy together, and resampled one by one they would
-    make the interval several times too narrow.
+    Whole units are resampled, so what one row has of several models stays paired.
     """
-    sums = np.bincount(document, weights=losses * weights)
-    counts = np.bincount(document, weights=weights)
-    generator = np.random.default_rng(seed)
-    n = len(sums)
-    perplexities = []
+    columns, generator = np.asarray(units, dtype=np.float64), np.random.default_rng(seed)
+    n, found = len(columns), []
     for _ in range(N_RESAMPLES):
         times = np.bincount(generator.integers(0, n, n), minlength=n)
-        perplexities.append(perplexity((times @ sums) / max(times @ counts, 1)))
-    return np.percentile(perplexities, [2.5, 97.5]).tolist()
+        found.append(statistic(*(times @ columns)))
+    return np.percentile(found, [2.5, 97.5]).tolist()
 
 
 def perplexity(loss: float) -> float:
@@ -129,39 +122,38 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < LARGEST_LOSS else math.inf * loss  # NaN stays NaN
 
 
-def summarise(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) -> dict:
-    """The figures of eval_ppl.json from each token's loss; ids and mask include the first token."""
-    n_bytes = tokenizer.token_bytes()[ids[1:]]
-    return figures(losses.astype(np.float64), documents_of(ids), n_bytes, mask[1:], seed)
-
-
 def documents_of(ids: np.ndarray) -> np.ndarray:
-    """The number of the document that each token but the first belongs to: the token after an end
-    opens one; the end itself belongs to the one before.
+    """The number of each id's document: the id after an end opens one."""
+    is_end = ids == tokenizer.END_OF_TEXT
+    return np.cumsum(is_end) - is_end
+
+
+def figures(losses: np.ndarray, ids: np.ndarray, mask: np.ndarray, seed: int) -> dict:
+    """Of documents, over all tokens and over the assistant's: (n,) loss of each id, and its mask.
+
+    The intervals resample documents, not tokens: those of a document are hard or easy together,
+    and resampled one by one they would make the interval several times too narrow.
     """
-    return np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
-
-
-def figures(
-    losses: np.ndarray, document: np.ndarray, n_bytes: np.ndarray, mask: np.ndarray, seed: int
-) -> dict:
-    """Of these tokens, all and the assistant's: (n,) loss, document, bytes of text, mask."""
+    losses, document = losses.astype(np.float64), documents_of(ids)
     found: dict = {}
-    members, document = np.unique(document, return_inverse=True)
     counted = {"all": np.ones(len(losses)), "assistant": mask.astype(np.float64)}
     for name, weights in counted.items():
         nats, n_tokens = float(losses @ weights), int(weights.sum())
         if not n_tokens:
             continue
+        units = [np.bincount(document, weights=of) for of in (losses * weights, weights)]
+        n_bytes = float(tokenizer.token_bytes()[ids] @ weights)
         found[name] = {
             "perplexity": perplexity(nats / n_tokens),
-            "perplexity_95": bootstrap(losses, document, weights, seed),
+            "perplexity_95": bootstrap(
+                np.stack(units, axis=1), lambda nats, n: perplexity(nats / max(n, 1)), seed
+            ),
             "loss": nats / n_tokens,
             # Special ids stand for no byte of text: their nats count, so a text's end is paid for.
-            "bits_per_byte": nats / math.log(2) / max(1.0, float(n_bytes @ weights)),
+            "bits_per_byte": nats / math.log(2) / max(1.0, n_bytes),
             "tokens": n_tokens,
         }
-    return found | {"documents": len(members)}
+    return found | {"documents": int(document.max(initial=-1)) + 1}
 
 
 def by_label(
@@ -171,9 +163,10 @@ def by_label(
     labels: dict[str, tuple[list[str], np.ndarray]],
     seed: int,
 ) -> dict:
-    """'by_source' and 'by_category': the figures of each one's documents, the largest first."""
-    losses, document = losses.astype(np.float64), documents_of(ids)
-    n_bytes, found = tokenizer.token_bytes()[ids[1:]], {}
+    """'by_source' and 'by_category': the figures of each one's documents, the largest first. `ids`
+    and `mask` are of a whole split, whose first token has no loss.
+    """
+    document, found = documents_of(ids)[1:], {}
     for use, (names, numbers) in labels.items():
         of_token = numbers[document]
         n_tokens = np.bincount(of_token, minlength=len(names))
@@ -184,7 +177,7 @@ def by_label(
         found[f"by_{use}"] = {}
         for name, members in groups.items():
             inside = np.isin(of_token, members)
-            parts = (part[inside] for part in (losses, document, n_bytes, mask[1:]))
+            parts = (part[inside] for part in (losses, ids[1:], mask[1:]))
             found[f"by_{use}"][name] = figures(*parts, seed)
     return found
 
@@ -276,7 +269,7 @@ def main(config: EvalConfig) -> None:
             "stride": stride,
             "loss_on": meta["identity"].get("loss_on"),
             "dtype": str(dtype).removeprefix("torch."),
-            **summarise(losses, ids, mask, config.seed),
+            **figures(losses, ids[1:], mask[1:], config.seed),
             **by_label(losses, ids, mask, split.labels(), config.seed),
         }
         weights = mask[1:] if result["loss_on"] == "assistant" else np.ones(len(losses))

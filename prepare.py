@@ -60,12 +60,7 @@ class PrepareConfig(settings.Settings):
     val_fraction: float = setting(
         0.05, "share of first user turns that go to validation", above=0, below=1
     )
-    seed: int = setting(
-        42,
-        "of the sample, the split and the documents' order",
-        at_least=0,
-        at_most=settings.LARGEST_SEED,
-    )
+    seed: int = setting(42, "of the sample, the split and the documents' order", **settings.SEED)
     num_threads: int = setting(os.cpu_count() or 1, "threads of the tokenizer", at_least=1)
     drop_refusals: bool = setting(
         False, "refusals and 'As an AI' answers", group="What to leave out"

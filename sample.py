@@ -67,12 +67,7 @@ class SampleConfig(settings.Settings):
     top_p: float = setting(
         0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
     )
-    seed: int = setting(
-        42,
-        "of the sampling; an answer depends on no other one",
-        at_least=0,
-        at_most=settings.LARGEST_SEED,
-    )
+    seed: int = setting(42, "of the sampling; an answer depends on no other one", **settings.SEED)
 
     def check(self) -> None:
         if self.chat + bool(self.prompt) + bool(self.prompts) != 1:

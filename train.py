@@ -28,17 +28,11 @@ class TrainConfig(settings.Settings):
     """Train a GPT on the bins of data_dir; checkpoints and metrics go to out_dir."""
 
     data_dir: str = setting("data/openhermes", "prepared bins", group="The run", path=True)
-    verify_data: bool = setting(
-        False, "read them whole at the start, even where they look unchanged"
-    )
+    verify_data: bool = setting(False, "read them whole, even where they look unchanged")
     out_dir: str = setting("out/run", "the run's folder", path=True)
     init_from: str = setting("", "weights to start from: a run's folder or a step's", path=True)
-    resume: str = setting(
-        "auto", "auto: go on where out_dir stands; never; a step's folder", path=True
-    )
-    seed: int = setting(
-        42, "of the weights, the data order and dropout", at_least=0, at_most=settings.LARGEST_SEED
-    )
+    resume: str = setting("auto", "auto: as out_dir stands; never; a step's folder", path=True)
+    seed: int = setting(42, "of the weights, the data order and dropout", **settings.SEED)
 
     n_layer: int = setting(24, "blocks", group="The model", at_least=1, at_most=10_000)
     n_head: int = setting(16, "attention heads", at_least=1, at_most=10_000)
@@ -50,25 +44,15 @@ class TrainConfig(settings.Settings):
         "gelu_tanh", "GPT-2's tanh approximation of GELU, or the exact one, as nanoGPT has it"
     )
 
-    rows_per_step: int = setting(
-        0, "rows a step, over all GPUs; 0: 32", group="The batch", at_least=0, at_most=LARGEST_STEP
-    )
+    rows_per_step: int = setting(0, "over all GPUs; 0: 32", group="The batch", at_least=0)
     micro_batch_size: int | Literal["auto"] = setting(
         4, "rows a GPU takes at once; auto: as many as fit", at_least=1, at_most=1_000_000
     )
     gradient_accumulation_steps: int = setting(
-        0,
-        "micro-batches a step, over all GPUs: another way to say rows_per_step; 0: not said",
-        at_least=0,
-        at_most=LARGEST_STEP,
-        instead_of="rows_per_step",
+        0, "rows_per_step in micro-batches, over all GPUs", at_least=0, instead_of="rows_per_step"
     )
-    max_steps: int = setting(
-        0, "optimizer steps; 0: as many as `epochs` takes", at_least=0, at_most=10**9
-    )
-    epochs: float = setting(
-        1.0, "passes over the training rows, where max_steps is 0", above=0, at_most=10_000
-    )
+    max_steps: int = setting(0, "optimizer steps; 0: as epochs has it", at_least=0, at_most=10**9)
+    epochs: float = setting(1.0, "passes over the rows, if not max_steps", above=0, at_most=10_000)
 
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", "muon: on the blocks' matrices, AdamW on the rest", group="The optimizer"
@@ -88,15 +72,10 @@ class TrainConfig(settings.Settings):
     grad_clip: float = setting(1.0, "largest norm of the gradients; 0: no clipping", at_least=0)
 
     spike_sigmas: float = setting(
-        8.0,
-        "skip a loss so many standard deviations above the last 128; 0: none",
-        group="Trouble",
-        at_least=0,
+        8.0, "skip a loss so many sigmas above the last 128; 0: none", group="Trouble", at_least=0
     )
     max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
-    hang_seconds: float = setting(
-        600.0, "a step, with what is due, may take so long", above=0, at_most=1e6
-    )
+    hang_seconds: float = setting(600.0, "of a step and what is due, at most", above=0, at_most=1e6)
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it", group="The machine"
@@ -107,21 +86,15 @@ class TrainConfig(settings.Settings):
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower")
     loss_on: Literal["all", "assistant"] = setting("all", "targets that count")
 
-    eval_interval: int = setting(
-        1000, "steps between evaluations", group="What is kept and told", at_least=1
-    )
+    eval_interval: int = setting(1000, "steps between evaluations", group="Records", at_least=1)
     eval_rows: int = setting(256, "validation rows, always the same ones; 0: all", at_least=0)
     save_interval: int = setting(5000, "steps between saves; a new best is saved too", at_least=1)
     # Two: the disk may tear one.
     keep_last: int = setting(3, "newest checkpoints kept, beside the best", at_least=2)
-    budget_hours: float = setting(
-        1.0, "device-hours that the run should take; only said where they are passed", above=0
-    )
+    budget_hours: float = setting(1.0, "device-hours it should take; said if passed", above=0)
     log_interval: int = setting(10, "steps a console line; metrics.jsonl has each", at_least=1)
 
-    wandb: Literal["online", "offline", "disabled"] = setting(
-        "disabled", "where metrics go besides"
-    )
+    wandb: Literal["online", "offline", "disabled"] = setting("disabled", "where else metrics go")
     wandb_project: str = setting("nanosynth", "wandb project")
     wandb_run_name: str = setting("", "wandb run; empty: the name of out_dir")
 
@@ -141,25 +114,20 @@ class TrainConfig(settings.Settings):
 
     def check(self) -> None:
         if self.learning_rate < self.min_learning_rate:
-            self.refuse(
-                "learning_rate", f"wanted min_learning_rate={self.min_learning_rate} or more"
-            )
+            why = f"wanted min_learning_rate={self.min_learning_rate} or more"
+            self.refuse("learning_rate", why)
         if self.embedding_learning_rate and not self.learning_rate:
             self.refuse("learning_rate", "wanted above 0, with embedding_learning_rate beside it")
         if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = sorted(sorted(divisors, key=lambda n: abs(n - self.n_head))[:3])
-            self.refuse("n_head", f"wanted a divisor of n_embd={self.n_embd}, as {near}")
+            self.refuse("n_head", f"wanted a divisor of n_embd={self.n_embd}")
         n_steps, size = self.gradient_accumulation_steps, self.micro_batch_size
-        if size == "auto":
-            if n_steps and not self.rows_per_step:
-                why = "with --micro_batch_size=auto it follows by itself; say --rows_per_step"
-                self.refuse("gradient_accumulation_steps", why)
-            return
-        if self.step_rows > LARGEST_STEP:
-            why = f"{size} x {n_steps} rows a step; wanted {LARGEST_STEP:,} at most"
+        if size == "auto" and n_steps and not self.rows_per_step:
+            why = "with --micro_batch_size=auto it follows by itself; say --rows_per_step"
             self.refuse("gradient_accumulation_steps", why)
-        if n_steps and self.step_rows != size * n_steps:
+        if self.step_rows > LARGEST_STEP:
+            name = "rows_per_step" if self.rows_per_step else "gradient_accumulation_steps"
+            self.refuse(name, f"wanted at most {LARGEST_STEP:,} rows a step")
+        if size != "auto" and n_steps and self.step_rows != size * n_steps:
             why = f"but {n_steps} micro-batches (gradient_accumulation_steps) of {size} rows make "
             self.refuse("rows_per_step", f"{why}{size * n_steps}; give one of the two")
         check_divides(self, world_size=1)
@@ -600,11 +568,11 @@ def row_order(config: TrainConfig, world: distributed.World, n_rows: int) -> bin
     if size == "auto":
         size = micro_batch.largest(
             model_config(config),
+            config.step_rows // world.size,
+            world=world,
+            dtype=choose_dtype(config.dtype, world.device),
             gradient_checkpointing=config.gradient_checkpointing,
             is_compiled=is_compiled(config, world.device),
-            n_rows=config.step_rows // world.size,
-            dtype=choose_dtype(config.dtype, world.device),
-            world=world,
         )
         if world.is_main:
             n_steps = config.step_rows // size

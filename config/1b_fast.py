@@ -8,12 +8,7 @@ n_layer = 24
 n_head = 24
 n_embd = 1536
 block_size = 2048
-bias = True
-
-micro_batch_size = 4
 rows_per_step = 32  # on any number of GPUs: 65,536 tokens a step
-epochs = 1.0
-dropout = 0.0  # every token is seen once, so there is nothing to memorise
 
 optimizer = "muon"  # see config/500m_fast.py
 learning_rate = 1.6e-3  # as there, by one over the root of the width
@@ -24,8 +19,3 @@ beta2 = 0.99
 weight_decay = 0.1
 
 dtype = "float16"
-gradient_checkpointing = False  # True takes less memory for about a third more time
-
-eval_interval = 1000
-save_interval = 5000
-keep_last = 3

@@ -8,12 +8,7 @@ n_layer = 24
 n_head = 16
 n_embd = 1024
 block_size = 2048
-bias = True
-
-micro_batch_size = 4
 rows_per_step = 32  # on any number of GPUs: 65,536 tokens a step
-epochs = 1.0
-dropout = 0.0  # every token is seen once, so there is nothing to memorise
 
 optimizer = "muon"
 # A bet, between 4e-3, to which the rate of 64 channels, 250 steps and 2,048 tokens a step leads by
@@ -26,8 +21,3 @@ beta2 = 0.99  # AdamW's, on the rest: lower by 0.03 nats than with 0.95
 weight_decay = 0.1  # lower by 0.02 nats than with 0.01
 
 dtype = "float16"
-gradient_checkpointing = False  # True takes less memory for about a third more time
-
-eval_interval = 1000
-save_interval = 5000
-keep_last = 3

@@ -4,14 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub.utils import yaml_dump
+
 from nanosynth import UserError
 from nanosynth.data import bins
+from nanosynth.files import write_atomically
 from nanosynth.table import table
+from nanosynth.terminal import one_line
 
 CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-{license}---
+{front}---
 
 # {name}
 
@@ -69,9 +71,11 @@ def write(folder: Path, path: Path, meta: dict, license: str, license_file: str)
         except OSError as error:
             raise UserError(f"--license_file={license_file} cannot be read: {error}") from None
     shape, settings = meta["identity"]["model"], meta.get("settings", {})
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"license": license} if license else {}
     text = CARD.format(
-        license=f"license: {license}\n" if license else "",
-        name=path.parent.name,
+        front=yaml_dump(front, sort_keys=False),
+        name=one_line(path.resolve().parent.name),
         shape=f"{shape['n_layer']} layers, {shape['n_head']} heads and {shape['n_embd']} channels",
         data=_rows(_data(settings.get("data_dir", "")) | meta.get("source", {}), DATA)
         or "Not known here.",
@@ -79,7 +83,7 @@ def write(folder: Path, path: Path, meta: dict, license: str, license_file: str)
         figures=_figures(path),
         block_size=shape["block_size"],
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_atomically(folder / "README.md", text)
 
 
 def _data(data_dir: str) -> dict:

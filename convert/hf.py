@@ -79,14 +79,19 @@ ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
 }
-SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
+SIZES = ("n_layer", "n_head", "n_embd")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+READ = (
+    *(*SIZES, "n_positions", "vocab_size", "n_inner", "activation_function"),
+    *(*DROPOUTS, *OURS, *GPT2Config.attribute_map),
+)
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old files store
 # Another form of a model, by a file of its own; what to do first.
+QUANTISED = "of a quantised model; bring the one that it was made from"
 FOREIGN = {
-    "adapter_config.json": "an adapter; merge it into its model first (peft's merge_and_unload)",
-    "quantize_config.json": "a quantised model; bring the one that it was made from",
+    "adapter_*": "an adapter; merge it into its model first (peft's merge_and_unload)",
+    "*quant*config.json": QUANTISED,
 }
 
 
@@ -115,7 +120,7 @@ def to_hf(shape: dict, tensors: dict[str, Tensor]) -> GPT2LMHeadModel:
     """
     ids = dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.END_OF_TEXT)
     config = GPT2Config(
-        **{name: shape[name] for name in ("n_layer", "n_head", "n_embd")},
+        **{name: shape[name] for name in SIZES},
         vocab_size=tokenizer.N_IDS,
         n_positions=shape["block_size"],
         n_ctx=shape["block_size"],  # llama.cpp's converter reads this one
@@ -146,30 +151,35 @@ def swap_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Ours as theirs, or theirs as ours: a Linear of ours has its matrix as (out, in), a Conv1D of
     theirs as (in, out). All other tensors, and all names, are the same.
     """
+
+    def is_matrix(name: str, tensor: Tensor) -> bool:  # a file may hold anything by that name
+        return bool(CONV1D.search(name)) and getattr(tensor, "ndim", 0) == 2
+
     return {
-        name: tensor.t().contiguous() if CONV1D.search(name) else tensor
+        name: tensor.t().contiguous() if is_matrix(name, tensor) else tensor
         for name, tensor in tensors.items()
     }
 
 
 def bring_model(source: Path, folder: Path, name: str) -> str:
     """Make a run of one checkpoint in `folder` from a GPT-2 of transformers; what was read."""
-    for file, what in FOREIGN.items():
-        if (source / file).exists():
-            raise UserError(f"{source / file} is {what}")
+    for pattern, what in FOREIGN.items():
+        for file in sorted(source.glob(pattern)):
+            raise UserError(f"{file} is {what}")
     checkpoint.refuse_nanogpt(source)
     config = read_config(source / "config.json")
-    files = weight_files(source)
-    tensors = from_hf(config, read_tensors(files))
-    tokenizer_file, chat_rows = hf_tokenizer.check(source, config.vocab_size)
-    tensors[WTE] = tensors[HEAD] = runs.lay_out(tensors[WTE], chat_rows)
     shape = {
-        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
+        **{name: getattr(config, name) for name in SIZES},
         "block_size": config.n_positions,
+        "vocab_size": config.vocab_size,
         "dropout": float(config.resid_pdrop),
         "bias": True,
         "activation": ACTIVATIONS[config.activation_function],
     }
+    files = weight_files(source)
+    tensors = runs.fit(from_hf(read_tensors(files)), shape, str(source), "config.json")
+    tokenizer_file, chat_rows = hf_tokenizer.check(source, config.vocab_size)
+    tensors[WTE] = tensors[HEAD] = runs.lay_out(tensors[WTE], chat_rows)
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     origin = {"folder": str(source), "sha256": hashes}
     n_parameters = runs.write(folder, name, shape, tensors, origin)
@@ -184,12 +194,11 @@ def read_config(path: Path) -> GPT2Config:
     content = read_json(path)
     if (kind := content.get("model_type", "gpt2")) != "gpt2":  # the oldest files don't say it
         raise UserError(f"{path} has model_type={kind!r}; wanted 'gpt2'")
-    if "quantization_config" in content:
-        raise UserError(f"{path} is of a quantised model; bring the one that it was made from")
+    if content.get("quantization_config") or content.get("compression_config"):
+        raise UserError(f"{path} is {QUANTISED}")
     if "n_ctx" in content and not {"n_positions", "max_position_embeddings"} & content.keys():
         content["n_positions"] = content["n_ctx"]
-    wanted = (*SIZES, *GPT2Config.attribute_map, *DROPOUTS, *OURS, "vocab_size", "n_inner")
-    read = {name: content[name] for name in (*wanted, "activation_function") if name in content}
+    read = {name: content[name] for name in READ if name in content}
     try:
         config = GPT2Config(**read)
     except Exception as error:  # a value of a wrong type; the class is huggingface_hub's
@@ -202,11 +211,6 @@ def read_config(path: Path) -> GPT2Config:
     if not runs.N_BPE <= config.vocab_size <= runs.MOST_ROWS:
         wanted = f"{runs.N_BPE} to {runs.MOST_ROWS}, GPT-2's and a few"
         raise UserError(f"{path} has vocab_size={config.vocab_size}; wanted {wanted}")
-    numbers = [getattr(config, name) for name in SIZES]
-    if min(numbers) < 1 or config.n_embd % config.n_head or not 0 <= config.resid_pdrop < 1:
-        found = ", ".join(f"{name}={getattr(config, name)}" for name in (*SIZES, "resid_pdrop"))
-        wanted = "1 or more of each, n_embd divisible by n_head, a dropout of 0 or more, below 1"
-        raise UserError(f"{path} has {found}; wanted {wanted}")
     return config
 
 
@@ -243,21 +247,20 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def from_hf(config: GPT2Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a GPT2LMHeadModel, or of its bare GPT2Model, as ours in float32.
+def from_hf(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a GPT2LMHeadModel, or of its bare GPT2Model, by our names and in our layout.
 
     Not by from_pretrained, which starts what is absent at random, casts any type to any other,
     takes either of two tensors of one name, and follows an index out of its folder.
     """
-    is_bare = not any(str(name).startswith("transformer.") for name in found)
-    tensors = {
-        f"transformer.{name}" if is_bare and name != HEAD else str(name): tensor
-        for name, tensor in found.items()
-        if not MASK.search(str(name))
-    }
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    return swap_layout(runs.fit(tensors, model, "--source", "config.json"))
+    found = {str(name): found[name] for name in found if not MASK.search(str(name))}
+    is_bare = not any(name.startswith("transformer.") for name in found)
+    return swap_layout(
+        {
+            f"transformer.{name}" if is_bare and name != HEAD else name: tensor
+            for name, tensor in found.items()
+        }
+    )
 
 
 def main(config: HFConfig) -> None:

@@ -17,6 +17,8 @@ END_OF_TEXT, IM_START, IM_END = (
     tokenizer.decode([id]) for id in (tokenizer.END_OF_TEXT, tokenizer.IM_START, tokenizer.IM_END)
 )
 MARKS = {tokenizer.IM_START: IM_START, tokenizer.IM_END: IM_END}
+# Other normalizers and pre-tokenizers than GPT-2's give other ids of it.
+SAMPLE = " It's  the\n\n\tcafe\u0301 of 1,234 naïve日本語 words: 'x' \n"
 # Equal to tokenizer.prompt_ids where a prompt is asked for, else to tokenizer.encode_conversations.
 # What stands between the marks of a generation has mask 1, for trainers that learn answers alone.
 # A content may be a list of parts; a part that is no text is refused, not left out.
@@ -111,38 +113,69 @@ def check(folder: Path, n_rows: int) -> tuple[str, dict[int, int]]:
     mark that it has. Other tokens are refused, but for those that stand in no text: pad and unk.
     """
     ours, theirs = gpt2_bpe(), None
-    described = _read_if_there(folder / "tokenizer_config.json")
+    described = _read_if_there(config := folder / "tokenizer_config.json")
+    special = described | _read_if_there(folder / "special_tokens_map.json")
     if (path := folder / "tokenizer.json").is_file():
-        try:
-            theirs = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no class of its own
-            raise UserError(f"{path} cannot be read: {error}") from None
-        found = theirs.get_vocab()
+        theirs = _from_file(path)
+        found, merges = theirs.get_vocab(), _merges_of(theirs)
     elif (path := folder / "vocab.json").is_file():
         found = read_json(path) | _read_if_there(folder / "added_tokens.json")
-    elif n_rows in (runs.N_BPE, tokenizer.N_IDS, tokenizer.VOCAB_SIZE):
-        return "", runs.same_rows(n_rows)
+        merges = _read_merges(folder / "merges.txt")
     else:
-        said = f"{folder} has {n_rows:,} tokens and no tokenizer, so the last are unknown"
-        raise UserError(f"{said}; wanted {runs.N_BPE:,} tokens, or tokenizer.json beside them")
-    added = described.get("added_tokens_decoder", {})
-    found |= {_text_of(token): int(id) for id, token in added.items()}
+        _check_absent(folder, described, n_rows)
+        return "", runs.same_rows(n_rows)
+    try:
+        added = described.get("added_tokens_decoder", {})
+        found |= {_text_of(token): int(id) for id, token in added.items()}
+        unused = {_text_of(special.get(role)) for role in ("pad_token", "unk_token")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{config} is not as transformers writes it: {error}") from None
     chat_rows = {
         id: found.pop(text) for id, text in MARKS.items() if found.get(text, n_rows) < n_rows
     }
-    special = described | _read_if_there(folder / "special_tokens_map.json")
-    for role in ("pad_token", "unk_token"):
-        if found.get(text := _text_of(special.get(role)), 0) >= runs.N_BPE:
-            del found[text]
     wanted = {token: id for token, id in ours.get_vocab().items() if id < tokenizer.END_OF_TEXT}
     absent = wanted.keys() - found.keys()
     wanted[END_OF_TEXT] = tokenizer.END_OF_TEXT
-    if wrong := [token for token in found if found[token] != wanted.get(token)] or sorted(absent):
+    wrong = [token for token in found if found[token] != wanted.get(token) and token not in unused]
+    if wrong := wrong or sorted(absent):
         first = f"{wrong[0]!r} is id {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
         raise UserError(f"{path} is not GPT-2's tokenizer in {len(wrong):,} tokens: {first}")
-    if theirs and _merges_of(theirs) != _merges_of(ours):
+    if merges and merges != _merges_of(ours):
         raise UserError(f"{path} has other merges than GPT-2's; wanted GPT-2's tokenizer")
+    if theirs and theirs.encode(SAMPLE, add_special_tokens=False).ids != ours.encode(SAMPLE).ids:
+        raise UserError(f"{path} takes texts apart otherwise than GPT-2's tokenizer; wanted that")
     return path.name, chat_rows
+
+
+def _from_file(path: Path) -> Tokenizer:
+    try:
+        found = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        raise UserError(f"{path} cannot be read: {error}") from None
+    found.no_padding()
+    found.no_truncation()
+    return found
+
+
+def _read_merges(path: Path) -> list[list[str]]:
+    """Without the file none are known; the ids of the tokens, which are checked, tell them too."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return [line.split(" ") for line in lines if line and not line.startswith("#version")]
+
+
+def _check_absent(folder: Path, described: dict, n_rows: int) -> None:
+    """Refuse a folder without our tokenizer's files that may have had another."""
+    kind = described.get("tokenizer_class") or "GPT2Tokenizer"
+    others = [*folder.glob("*.model"), *folder.glob("merges.txt"), *folder.glob("vocab.txt")]
+    if others or not str(kind).startswith("GPT2"):
+        found = others[0].name if others else f"a tokenizer_config.json of {kind}"
+        raise UserError(f"{folder} has {found}; wanted GPT-2's tokenizer.json or vocab.json")
+    if n_rows not in (runs.N_BPE, tokenizer.N_IDS, tokenizer.VOCAB_SIZE):
+        said = f"{folder} has {n_rows:,} tokens and no tokenizer, so the last are unknown"
+        raise UserError(f"{said}; wanted {runs.N_BPE:,} tokens, or tokenizer.json beside them")
 
 
 def _text_of(token: str | dict | None) -> str | None:

@@ -33,7 +33,6 @@ import torch
 
 from convert import runs
 from convert.runs import HEAD, WTE
-from model import GPT, GPTConfig
 from nanosynth import tokenizer
 from nanosynth.files import new_folder
 
@@ -50,23 +49,24 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
         for key, tensor in found["model"].items()
         if not MASK.search(str(key))
     }
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**shape))
-    tensors = runs.fit(tensors, model, str(source), "model_args")
+    tensors = runs.fit(tensors, shape, str(source), "model_args")
     embedding = runs.lay_out(tensors[WTE], runs.same_rows(shape["vocab_size"]))
     tensors |= dict.fromkeys((WTE, HEAD), embedding)
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"folder": str(source), "sha256": digest, "steps": found.get("iter_num")}
+    steps = found.get("iter_num")
+    steps = steps if isinstance(steps, int) else None
+    origin = {"folder": str(source), "sha256": digest, "steps": steps}
     n_parameters = runs.write(folder, name, shape, tensors, origin)
-    return f"{source}, {n_parameters:,} parameters after {origin['steps']} steps of nanoGPT"
+    after = "" if steps is None else f" after {steps} steps of nanoGPT"
+    return f"{source}, {n_parameters:,} parameters{after}"
 
 
 def read_checkpoint(source: Path) -> dict:
     """What nanoGPT saves, on the CPU. It is read without running code of it."""
     try:
         found = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        if not {"model", "model_args"} <= found.keys():
+        if not all(isinstance(found.get(key), dict) for key in ("model", "model_args")):
             raise TypeError(f"it has {', '.join(map(str, found))}; wanted model and model_args")
     except Exception as error:  # of many classes
         reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code

@@ -5,8 +5,9 @@ import textwrap
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from model import GPT, GPTConfig
 from nanosynth import UserError, checkpoint, tokenizer
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -15,16 +16,15 @@ N_BPE = tokenizer.END_OF_TEXT + 1  # tokens of GPT-2
 MOST_ROWS = 50_432  # N_BPE padded to a multiple of 128, and some added tokens
 
 
-def fit(
-    tensors: dict[str, Tensor], model: nn.Module, place: str, described: str
-) -> dict[str, Tensor]:
-    """The tensors in float32 and in the order of `model`, which is on the meta device: each of its
-    own in its shape, and none more. Integers, which are quantised, and what is not finite are
-    refused. `described` names what says the model's shape.
+def fit(tensors: dict[str, Tensor], shape: dict, place: str, described: str) -> dict[str, Tensor]:
+    """The tensors of a GPTConfig's `shape`, in float32 and our order: each in its own shape, and
+    none more. Integers, which are quantised, and what is not finite are refused. `described` names
+    what of `place` tells the shape.
     """
+    check_shape(shape, place)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            continue  # load_state_dict refuses it by name
+            raise UserError(f"{place} has {name}, a {type(tensor).__name__}; wanted a tensor")
         if tensor.dtype not in DTYPES:
             wanted = ", ".join(map(str, DTYPES))
             raise UserError(f"{place} has {name} in {tensor.dtype}; wanted one of {wanted}")
@@ -32,15 +32,33 @@ def fit(
         if n_wrong := tensor.numel() - int(tensors[name].isfinite().sum()):
             wrong = f"{n_wrong:,} of its {tensor.numel():,} numbers are NaN or infinite in float32"
             raise UserError(f"{place} has {name}, but {wrong}")
-    tensors.setdefault(HEAD, tensors.get(WTE))  # tied, so files leave it out
+    for name, tied in ((HEAD, WTE), (WTE, HEAD)):  # files leave out one of them
+        if tied in tensors:
+            tensors.setdefault(name, tensors[tied])
     try:
+        if shape["n_layer"] > len(tensors):  # nothing of a forged size is built
+            raise RuntimeError(f"{len(tensors)} tensors are not of {shape['n_layer']:,} layers")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**shape))
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # its text says which are absent, too many or of another shape
-        wrong = one_line(str(error).partition(":")[2])
+        wrong = one_line(str(error).removeprefix("Error(s) in loading state_dict for GPT:"))
         raise UserError(f"{place} has not the tensors of its {described}: {wrong}") from None
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"{place} has {HEAD} apart from {WTE}; our GPT-2 ties the two")
     return {name: tensors[name] for name in model.state_dict()}
+
+
+def check_shape(shape: dict, place: str) -> None:
+    sizes = [shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size")]
+    if (
+        not all(type(size) is int and size >= 1 for size in sizes)
+        or shape["n_embd"] % shape["n_head"]
+        or not (type(shape["dropout"]) in (int, float) and 0 <= shape["dropout"] < 1)
+    ):
+        found = ", ".join(f"{name}={value!r}" for name, value in shape.items())
+        wanted = "sizes of 1 or more, n_embd divisible by n_head, a dropout of 0 or more, below 1"
+        raise UserError(f"{place} has {found}; wanted {wanted}")
 
 
 def lay_out(embedding: Tensor, chat_rows: dict[int, int]) -> Tensor:

@@ -263,7 +263,7 @@ class SampleDataConfig(settings.Settings):
 
     to: str = setting("data/sample.jsonl", "the file, which is replaced", path=True)
     num_rows: int = setting(24_000, "conversations", at_least=1)
-    seed: int = setting(42, "of all that is drawn", at_least=0, at_most=settings.LARGEST_SEED)
+    seed: int = setting(42, "of all that is drawn", **settings.SEED)
 
 
 def main(config: SampleDataConfig) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nanosynth import UserError
-from nanosynth.files import LOCK, HashedFile, set_aside, sync, temporary, write_atomically
+from nanosynth.files import LOCK, HashedFile, published, set_aside, temporary, write_atomically
 from nanosynth.schema import fields, misfit
 from nanosynth.settings import is_out_of_memory
 from nanosynth.terminal import one_line
@@ -96,42 +96,25 @@ def save(
 
     Tensors that share storage (a tied embedding) are stored once, their other names in the meta.
     """
-    target = folder(run_dir, step)
-    unfinished = temporary(target)
-    unfinished.mkdir()
-    try:
-        _write(unfinished, step, model, train_state, meta)
-        os.rename(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    sync(run_dir)
-    return target
-
-
-def _write(unfinished: Path, step: int, model: dict, train_state: dict, meta: dict) -> None:
-    first_names: dict[int, str] = {}
-    aliases = {}
-    for name, tensor in model.items():
-        first = first_names.setdefault(tensor.data_ptr(), name)
-        if first != name:
-            aliases[name] = first
+    firsts: dict[int, str] = {}
+    first_names = {name: firsts.setdefault(model[name].data_ptr(), name) for name in model}
+    aliases = {name: first for name, first in first_names.items() if first != name}
     stored = {name: model[name].contiguous() for name in model if name not in aliases}
-    files = {}
-    with HashedFile(unfinished / MODEL) as file:
-        file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
-    files[MODEL] = file.summary()
-    with HashedFile(unfinished / TRAIN_STATE) as file:
-        try:
-            torch.save(train_state, file)
-        except RuntimeError as error:
-            raise file.error or error from None
-    files[TRAIN_STATE] = file.summary()
-    meta = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases, **meta}
-    meta["files"] = files
-    with HashedFile(unfinished / META) as file:
-        file.write(_serialise(meta))
-    sync(unfinished)
+    files: dict[str, dict] = {}
+    with published(folder(run_dir, step)) as unfinished:
+        with HashedFile(unfinished / MODEL) as file:
+            file.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
+        files[MODEL] = file.summary()
+        with HashedFile(unfinished / TRAIN_STATE) as file:
+            try:
+                torch.save(train_state, file)
+            except RuntimeError as error:
+                raise file.error or error from None
+        files[TRAIN_STATE] = file.summary()
+        own = {"format_version": FORMAT_VERSION, "step": step, "aliases": aliases}
+        with HashedFile(unfinished / META) as file:
+            file.write(_serialise({**own, **meta, "files": files}))
+    return folder(run_dir, step)
 
 
 def _serialise(meta: dict) -> bytes:
@@ -208,28 +191,27 @@ def newest_good(run_dir: Path, say: Callable[[str], None] = print) -> Path | Non
     return None
 
 
-def _val_losses(run_dir: Path, say: Callable[[str], None] | None = None) -> dict[int, float]:
-    losses = {}
-    for step in steps(run_dir):
-        try:
-            losses[step] = read_meta(folder(run_dir, step))["val_loss"]
-        except Damaged as error:  # never the best
-            if say:
-                say(f"damaged checkpoint: {error}; the best of the others is taken")
-    return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-
-
-def best_loss(run_dir: Path) -> float:
-    """The lowest validation loss among the step folders; infinity where none was evaluated."""
-    return min(_val_losses(run_dir).values(), default=math.inf)
-
-
 def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
     """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
     of damaged ones.
     """
-    losses = _val_losses(run_dir, say)
-    return folder(run_dir, min(losses, key=losses.get)) if losses else None
+    losses = {}
+    for path in (folder(run_dir, step) for step in steps(run_dir)):
+        try:
+            loss = read_meta(path)["val_loss"]
+        except Damaged as error:  # never the best
+            if say:
+                say(f"damaged checkpoint: {error}; the best of the others is taken")
+            continue
+        if loss is not None and math.isfinite(loss):
+            losses[path] = loss
+    return min(losses, key=losses.get, default=None)
+
+
+def best_loss(run_dir: Path) -> float:
+    """The lowest validation loss among the step folders; infinity where none was evaluated."""
+    path = best(run_dir)
+    return read_meta(path)["val_loss"] if path else math.inf
 
 
 def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Path:
@@ -237,21 +219,22 @@ def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Pat
     are verified: the training state is twice as large, and who wants the weights does not read it.
     """
     run_dir = Path(run)
+    saved = steps(run_dir)
     if NAME.fullmatch(run_dir.name):
         if step != "best":
             raise UserError(f"--run={run} is one step already; leave out --step={step}")
         path = run_dir
-    elif not steps(run_dir):
+    elif not saved:
         refuse_nanogpt(run_dir)
         raise UserError(f"no checkpoint in {run!r}; train one with: python train.py config/NAME.py")
     elif step == "latest":
-        path = folder(run_dir, steps(run_dir)[-1])
+        path = folder(run_dir, saved[-1])
     elif step == "best":
-        path = best(run_dir, partial(print, file=sys.stderr)) or folder(run_dir, steps(run_dir)[-1])
+        path = best(run_dir, partial(print, file=sys.stderr)) or folder(run_dir, saved[-1])
     else:
         path = folder(run_dir, int(step) if re.fullmatch("[0-9]{1,20}", step) else -1)
     if not path.is_dir():
-        wanted = ", ".join(map(str, steps(run_dir)))
+        wanted = ", ".join(map(str, saved))
         raise UserError(f"no step {step!r} in {run!r}; wanted best, latest or one of {wanted}")
     verify(path, names)
     return path
@@ -303,14 +286,12 @@ def check_new(run_dir: Path, resume: str) -> None:
     since a run that ended before its first is rightly started over.
     """
     names = sorted(set(os.listdir(run_dir)) - {LOCK}) if run_dir.is_dir() else []
+    mend = "use --resume=auto to go on there, or another --out_dir"
     if resume == "auto":
         names = [name for name in names if name.startswith("step_") or name in ("latest", "best")]
-    if names:
-        held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         mend = f"but no checkpoint: {ANEW}"
-        if resume != "auto":
-            mend = "use --resume=auto to go on there, or another --out_dir"
-        raise UserError(f"{run_dir} holds {held}; {mend}")
+    if names:
+        raise UserError(f"{run_dir} holds {', '.join(names[:5])}; {mend}")
 
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:
@@ -361,7 +342,9 @@ def prune(run_dir: Path, keep_last: int) -> None:
     for step in saved[:-keep_last]:
         path = folder(run_dir, step)
         if path != best_path and not path.is_symlink():
-            _remove(path)
+            trash = temporary(path, "trash")
+            os.rename(path, trash)  # first of all, so that a deletion cut short leaves no torn one
+            shutil.rmtree(trash)
 
 
 def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
@@ -378,10 +361,3 @@ def check_space(run_dir: Path, n_parameters: int, keep_last: int) -> None:
             f"{run_dir} has room for {free / 1e9:.1f} GB, but {keep_last + 2} checkpoints take "
             f"{needed / 1e9:.1f} GB; free some, lower --keep_last or use another --out_dir"
         )
-
-
-def _remove(path: Path) -> None:
-    """Delete a step folder; it loses its name first, so a deletion cut short leaves no torn one."""
-    trash = temporary(path, "trash")
-    os.rename(path, trash)
-    shutil.rmtree(trash)

@@ -121,8 +121,25 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to write synced files into; it becomes `path`, durably, if
+    nothing fails, and is gone if anything does.
+    """
+    unfinished = temporary(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to write into; it becomes `path` if nothing fails.
+    """`published` for files that others write, below folders that may not be there.
 
     `path` must not exist, or be an empty folder.
     """
@@ -130,20 +147,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} is there and is no empty folder; give the name of a new one")
     new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary(path)
-    unfinished.mkdir()
     try:
-        yield unfinished
-        for part in (*unfinished.rglob("*"), unfinished):
-            sync(part)
-        os.rename(unfinished, path)
+        with published(path) as unfinished:
+            yield unfinished
+            for part in unfinished.rglob("*"):
+                sync(part)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.suppress(OSError):
             for parent in new_parents:
                 parent.rmdir()
         raise
-    sync(path.parent)
 
 
 LOCK = ".lock"

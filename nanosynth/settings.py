@@ -29,7 +29,7 @@ from nanosynth import UserError, terminal
 MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
 HELP_COLUMNS = 100
 LARGEST_INT = 2**63 - 1  # of what counts in torch and numpy
-LARGEST_SEED = 2**32 - 1  # every generator that is seeded takes it
+SEED = {"at_least": 0, "at_most": 2**32 - 1}  # every generator that is seeded takes it
 # A bound's test and its words, in the order of --help and errors.
 BOUNDS = {
     "at_least": (operator.ge, "{:,} or more"),

@@ -52,7 +52,7 @@ def test_perplexity_by_hand():
     mask = np.array([0, 1, 0, 0, 1, 0], dtype=np.uint8)
     assert tokenizer.token_bytes()[ids].tolist() == [2, 3, 0] * 2
     losses = np.log([2.0, 4.0, 8.0, 2.0, 16.0])
-    found = eval_ppl.summarise(losses, ids, mask, seed=0)
+    found = eval_ppl.figures(losses, ids[1:], mask[1:], seed=0)
     assert found["all"]["perplexity"] == pytest.approx(2 ** (11 / 5))
     assert found["all"]["loss"] == pytest.approx(11 / 5 * math.log(2))
     assert found["all"]["bits_per_byte"] == pytest.approx(11 / 8)
@@ -87,16 +87,25 @@ def test_figures_by_source_by_hand():
     assert others["documents"] == 15 and others["all"]["tokens"] == 45 - (first >= 20) * 1
     low, high = others["all"]["perplexity_95"]
     assert low < others["all"]["perplexity"] < high
-    assert found["by_category"]["c"]["all"] == eval_ppl.summarise(losses, ids, mask, seed=0)["all"]
+    assert (
+        found["by_category"]["c"]["all"]
+        == eval_ppl.figures(losses, ids[1:], mask[1:], seed=0)["all"]
+    )
+
+
+def interval_of(losses: list[float], n_documents: int) -> list[float]:
+    """Of documents of like length."""
+    ids = np.zeros(len(losses), dtype=np.int64)
+    ids[len(losses) // n_documents - 1 :: len(losses) // n_documents] = tokenizer.END_OF_TEXT
+    return eval_ppl.figures(np.array(losses), ids, np.zeros(len(ids)), 0)["all"]["perplexity_95"]
 
 
 def test_bootstrap_interval_contains_the_value_and_narrows():
     generator = np.random.default_rng(0)
     widths = []
     for n_documents in (20, 500):
-        document = np.repeat(np.arange(n_documents), 10)
         losses = np.repeat(generator.normal(3.0, 0.5, n_documents), 10)
-        low, high = eval_ppl.bootstrap(losses, document, np.ones(len(losses)), seed=0)
+        low, high = interval_of(losses, n_documents)
         assert low < math.exp(losses.mean()) < high
         widths.append(high - low)
     # The interval of a mean over 500 documents, by the normal approximation.
@@ -105,10 +114,19 @@ def test_bootstrap_interval_contains_the_value_and_narrows():
 
 
 def test_bootstrap_resamples_documents_and_not_tokens():
-    document = np.repeat(np.arange(2), 1000)
-    losses = np.repeat([1.0, 3.0], 1000)
-    low, high = eval_ppl.bootstrap(losses, document, np.ones(2000), seed=0)
+    low, high = interval_of(np.repeat([1.0, 3.0], 1000), 2)
     assert (low, high) == (pytest.approx(math.exp(1.0)), pytest.approx(math.exp(3.0)))
+
+
+def test_a_bootstrap_keeps_what_is_paired():
+    """Each unit's two figures differ by 1 exactly: so does every resample, however they spread."""
+    first = np.random.default_rng(0).normal(0, 100, 50)
+    pairs = np.stack([first + 1, first, np.ones(50)], axis=1)
+    found = eval_ppl.bootstrap(pairs, lambda own, other, n: (own - other) / n)
+    assert found == pytest.approx([1.0, 1.0])
+    low, high = eval_ppl.bootstrap(pairs, lambda own, other, n: own / n)
+    wanted = 1.96 * first.std() / 50**0.5  # the interval of a mean by the normal distribution
+    assert (high - low) / 2 == pytest.approx(wanted, rel=0.15) and low < first.mean() + 1 < high
 
 
 def test_whole_evaluation(tiny_bins, run_dir, tmp_path, capsys):
@@ -195,7 +213,7 @@ def test_a_diverged_model_has_a_loss_and_no_perplexity(tmp_path):
     ids = np.array([1, 2, tokenizer.END_OF_TEXT, 3, 4, tokenizer.END_OF_TEXT])
     for loss in (1000.0, math.nan):
         losses = np.full(5, loss, dtype=np.float32)
-        found = eval_ppl.summarise(losses, ids, np.ones(6, dtype=np.uint8), seed=0)
+        found = eval_ppl.figures(losses, ids[1:], np.ones(5, dtype=np.uint8), seed=0)
         written = json.loads(files.json_text(found), parse_constant=pytest.fail)
         assert (
             written["all"]["perplexity"] is None and written["all"]["perplexity_95"] == [None] * 2

@@ -57,7 +57,7 @@ class VerdictConfig(settings.Settings):
     top_p: float = setting(
         0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
     )
-    seed: int = setting(42, "of the sampling", at_least=0, at_most=settings.LARGEST_SEED)
+    seed: int = setting(42, "of the sampling", **settings.SEED)
     tasks: str = setting(
         "local",
         "names with commas between; local: our three; empty: none",

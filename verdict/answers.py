@@ -77,6 +77,8 @@ class Answer:
     ended: bool
     parts: dict[str, bool] | None = None
     about_fixed: bool | None = None  # its prompt rather than another, says the fixed judge
+    obeys: bool | None = None  # None: its prompt has no check
+    copied: bool | None = None  # from the training split, where that is there
 
     @property
     def text(self) -> str:
@@ -105,34 +107,33 @@ def answer_all(
     ]
 
 
-def add_parts(
-    model: GPT,
-    prompts: Prompts,
-    answers: list[Answer],
-    batch_size: int,
-    judge: q.FixedJudge | None = None,
+def add_findings(
+    model: GPT, prompts: Prompts, answers: list[Answer], batch_size: int, train: bins.Split | None
 ) -> None:
-    """Into each answer the parts of the coherence rule, and what the fixed judge says of the last.
+    """Into each answer what the coherence rule, the fixed judge, its check and `train` say of it.
 
     The other prompt of the fifth part stands half the set further on: never the own one.
     """
     n = len(prompts.ids)
+    others = [prompts.ids[(number + n // 2) % n] for number in range(n)]
     full = [answer for answer in answers if answer.ids]
     own, other = (
-        likelihood.score(
-            model, [(prompts.ids[(a.number + shift) % n], a.ids) for a in full], batch_size
-        )
-        for shift in (0, n // 2)
+        likelihood.score(model, [(ids[answer.number], answer.ids) for answer in full], batch_size)
+        for ids in (prompts.ids, others)
     )
-    about_prompt = {
-        id(a) for a, mine, its in zip(full, own, other, strict=True) if mine[0] > its[0]
-    }
+    about = {id(a) for a, mine, its in zip(full, own, other, strict=True) if mine[0] > its[0]}
     for answer in answers:
-        about = id(answer) in about_prompt
-        answer.parts = q.parts(answer.ids, ended=answer.ended, about_prompt=about)
-        if judge:
-            own, other = (prompts.ids[(answer.number + shift) % n] for shift in (0, n // 2))
-            answer.about_fixed = judge.prefers(answer.ids, own, other)
+        about_prompt = id(answer) in about
+        answer.parts = q.parts(answer.ids, ended=answer.ended, about_prompt=about_prompt)
+        if prompts.checks:
+            answer.obeys = instructions.obeys(answer.text, prompts.checks[answer.number])
+    if not train:
+        return
+    judge = q.FixedJudge(train.ids, train.n_tokens)
+    copied = ngrams.copied([answer.ids for answer in answers], train.ids, train.n_tokens)
+    for answer, answer.copied in zip(answers, copied, strict=True):
+        number = answer.number
+        answer.about_fixed = judge.prefers(answer.ids, prompts.ids[number], others[number])
 
 
 def measure(
@@ -158,34 +159,27 @@ def measure(
             Answer(number=number, sample=0, ids=ids, ended=True)
             for number, ids in enumerate(prompts.references)
         ]
-    judge = q.FixedJudge(train.ids, train.n_tokens) if train else None
-    for answers in by_mode.values():
-        add_parts(model, prompts, answers, batch_size, judge)
+    every = [answer for answers in by_mode.values() for answer in answers]
+    add_findings(model, prompts, every, batch_size, train)
     firsts = {mode: [a for a in answers if not a.sample] for mode, answers in by_mode.items()}
-    diversity, memorised = _diversity(firsts), _memorised(firsts, train)
+    diversity = _diversity(firsts)
     metrics = {
-        mode: _shares(prompts, answers, firsts.get("reference", []))
+        mode: {"n": len(answers), "left_out": prompts.left_out}
+        | _shares(answers, firsts.get("reference", []))
         | diversity[mode]
-        | {"memorised": memorised[mode]}
+        | {"memorised": _memorised(answers), "self_bleu": None}
         for mode, answers in firsts.items()
     }
-    for mode in metrics:
-        metrics[mode]["self_bleu"] = _self_bleu(by_mode[mode]) if mode == "sampled" else None
+    metrics["sampled"]["self_bleu"] = _self_bleu(by_mode["sampled"])
     return metrics, _records(prompts, by_mode)
 
 
-def _obeys(prompts: Prompts, answer: Answer) -> bool:
-    return instructions.obeys(answer.text, prompts.checks[answer.number])
-
-
-def _shares(prompts: Prompts, answers: list[Answer], references: list[Answer]) -> dict:
-    obeyed = [_obeys(prompts, answer) for answer in answers] if prompts.checks else []
+def _shares(answers: list[Answer], references: list[Answer]) -> dict:
+    obeyed = [answer.obeys for answer in answers if answer.obeys is not None]
     found = {
-        "n": len(answers),
-        "left_out": prompts.left_out,
         "coherent": q.share([answer.coherent for answer in answers]),
         "parts": {p: sum(a.parts[p] for a in answers) / len(answers) for p in q.PARTS},
-        "instructions": q.share(obeyed) if prompts.checks else None,
+        "instructions": q.share(obeyed) if obeyed else None,
     }
     if any(answer.coherent for answer in references):
         passes = ([answer.coherent for answer in of] for of in (answers, references))
@@ -195,6 +189,14 @@ def _shares(prompts: Prompts, answers: list[Answer], references: list[Answer]) -
         disagree = [a.about_fixed != a.parts["about_prompt"] for a in told]
         found["judges_disagree"] = q.share(disagree)
     return found
+
+
+def _memorised(answers: list[Answer]) -> dict | None:
+    """The share of answers with a run from the training split; None where none is long enough."""
+    known = [answer for answer in answers if answer.copied is not None]
+    long_enough = sum(len(answer.ids) >= ngrams.RUN_TOKENS for answer in known)
+    share = q.share([answer.copied for answer in known])
+    return share | {"long_enough": long_enough} if long_enough else None
 
 
 def common(sizes: list[int]) -> int:
@@ -221,20 +223,6 @@ def _diversity(firsts: dict[str, list[Answer]]) -> dict[str, dict]:
     }
 
 
-def _memorised(firsts: dict[str, list[Answer]], train: bins.Split | None) -> dict[str, dict | None]:
-    """The share of answers with a run from `train`; None where no answer is long enough."""
-    shares: dict[str, dict | None] = dict.fromkeys(firsts)
-    if not train:
-        return shares
-    every = [answer.ids for answers in firsts.values() for answer in answers]
-    copied = iter(ngrams.copied(every, train.ids, train.n_tokens))
-    for mode, answers in firsts.items():
-        share = q.share([next(copied) for _ in answers])
-        long_enough = sum(len(answer.ids) >= ngrams.RUN_TOKENS for answer in answers)
-        shares[mode] = share | {"long_enough": long_enough} if long_enough else None
-    return shares
-
-
 def _self_bleu(sampled: list[Answer]) -> float | None:
     """Of the prompts that have several samples; None without sacrebleu."""
     if not importlib.util.find_spec("sacrebleu"):
@@ -258,7 +246,7 @@ def _records(prompts: Prompts, by_mode: dict[str, list[Answer]]) -> list[dict]:
             "coherent": answer.coherent,
             **answer.parts,
             "about_prompt_fixed_judge": answer.about_fixed,
-            **({"obeys": _obeys(prompts, answer)} if prompts.checks else {}),
+            **({"obeys": answer.obeys} if prompts.checks else {}),
         }
         for mode, answers in by_mode.items()
         for answer in answers

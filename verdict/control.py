@@ -16,7 +16,6 @@ from nanosynth import tokenizer
 from nanosynth.data import bins
 from nanosynth.inference.load import LoadedRun
 from nanosynth.training.distributed import World
-from verdict import quality
 from verdict.runs import Run
 
 WINDOWS = 8  # scored at once
@@ -46,7 +45,7 @@ def compare(
 def difference(what: str, of: str, rows: np.ndarray) -> dict:
     """`rows` (n, 3): of each unit what the run got, what the control got, and what it weighs."""
     own, other = rows.sum(axis=0)[:2] / max(rows.sum(axis=0)[2], 1)
-    ends = quality.bootstrap(rows, lambda own, other, weight: (own - other) / max(weight, 1))
+    ends = eval_ppl.bootstrap(rows, lambda own, other, weight: (own - other) / max(weight, 1))
     figures = {"run": float(own), "control": float(other), "difference": float(own - other)}
     return {"what": what, "of": of, "n": len(rows), **figures, "interval": ends}
 
@@ -77,7 +76,7 @@ def _bits_and_bytes(
     alone = World(rank=0, size=1, device=next(model.parameters()).device)
     how = {"stride": model.config.block_size, "batch_size": WINDOWS, "dtype": dtype}
     losses = eval_ppl.score(model, ids, alone, **how)
-    document = np.cumsum(ids == tokenizer.END_OF_TEXT)[:-1]
+    document = eval_ppl.documents_of(ids)[1:]
     weights = mask[1:].astype(np.float64) if on_answers else np.ones(len(losses))
     n_bytes = tokenizer.token_bytes()[ids[1:]] * weights
     return np.bincount(document, losses * weights) / log(2), np.bincount(document, n_bytes)

@@ -1,6 +1,6 @@
 """What a set of generated answers is like: the coherence rule's parts, diversity, intervals.
 
-Works on texts and token ids alone; no torch. The rule is stated once, in RULE, for every report.
+Works on texts and token ids alone. The rule is stated once, in RULE, for every report.
 """
 
 import codecs
@@ -12,6 +12,7 @@ from itertools import islice
 
 import numpy as np
 
+import eval_ppl
 from nanosynth import tokenizer
 
 REPEATED_SHARE = 0.5  # of 4-grams, above which an answer loops
@@ -19,7 +20,6 @@ TAIL_TOKENS, LONGEST_PERIOD = 64, 16  # a tail of this length, repeating with at
 SHORTEST_LOOP = 16  # tokens; in less, a repetition is no loop yet
 CACHE_SHARE = 0.1  # of the fixed judge: the prompt's share of the mixture
 READ_TOKENS = 1 << 20
-N_RESAMPLES = 1000  # of the bootstrap
 
 RULE = (
     "An answer is coherent when it (1) ends: gives the end mark within the limit by itself; (2) is "
@@ -126,25 +126,10 @@ class FixedJudge:
         return float(np.log(mixed).sum())
 
 
-def bootstrap(
-    units: Sequence[Sequence[float]], statistic: Callable[..., float], seed: int = 42
-) -> list[float]:
-    """95% interval of `statistic`, which is given the sum of each column of `units` (n, k).
-
-    Whole units are resampled, so what one row has of several models stays paired.
-    """
-    columns, generator = np.asarray(units, dtype=np.float64), np.random.default_rng(seed)
-    n, found = len(columns), []
-    for _ in range(N_RESAMPLES):
-        times = np.bincount(generator.integers(0, n, n), minlength=n)
-        found.append(statistic(*(times @ columns)))
-    return np.percentile(found, [2.5, 97.5]).tolist()
-
-
 def relative(passes: Sequence[bool], references: Sequence[bool]) -> dict:
     """{'share', 'interval'} of how many pass for each reference to the same prompts that does."""
     pairs = list(zip(passes, references, strict=True))
-    interval = bootstrap(pairs, lambda own, theirs: own / max(theirs, 1))
+    interval = eval_ppl.bootstrap(pairs, lambda own, theirs: own / max(theirs, 1))
     return {"share": sum(passes) / sum(references), "interval": interval}
 
 

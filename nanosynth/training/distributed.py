@@ -52,24 +52,19 @@ class World:
         """Whether `flag` is set on any rank. Call on every rank."""
         return bool(self.sum(torch.tensor(int(flag))))
 
-    def from_main(self, value: object) -> object:
-        """Rank 0's `value`. Call on every rank."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
-
     def on_main(self, action: Callable[[], object]) -> object:
         """What `action` gives on rank 0, which alone calls it; a UserError there is raised on all.
         Call on every rank.
         """
-        value, error = None, None
+        result = [None, None]  # what it gives, or its error's text
         if self.is_main:
             try:
-                value = action()
+                result[0] = action()
             except UserError as why:
-                error = str(why)
-        value, error = self.from_main((value, error))
+                result[1] = str(why)
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0)
+        value, error = result
         if error:
             raise UserError(error)
         return value

@@ -25,29 +25,14 @@ def check_fits(shape: GPTConfig, device: torch.device) -> None:
         )
 
 
-def largest(
-    model_config: GPTConfig,
-    *,
-    gradient_checkpointing: bool,
-    is_compiled: bool,
-    n_rows: int,
-    dtype: torch.dtype,
-    world: World,
-) -> int:
-    """The most rows that fit on every rank, a divisor of `n_rows`, which each takes of a step.
-
-    Call on every rank.
+def largest(model_config: GPTConfig, n_rows: int, *, world: World, **trial) -> int:
+    """The most rows that fit on every rank, a divisor of `n_rows`, which each takes of a step;
+    `trial` as `try_step` takes it. Call on every rank.
     """
     sizes = [n for n in range(n_rows, 0, -1) if n_rows % n == 0]
     if world.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, world.device)
-        trial = {
-            "dtype": dtype,
-            "world": world,
-            "gradient_checkpointing": gradient_checkpointing,
-            "is_compiled": is_compiled,
-        }
-        n_fitting = next((n for n in sizes if fits(model_config, n, **trial)), 0)
+        n_fitting = next((n for n in sizes if fits(model_config, n, world=world, **trial)), 0)
         torch.cuda.set_per_process_memory_fraction(1.0, world.device)
     else:
         n_fitting = next((n for n in sizes if n * model_config.block_size <= CPU_TOKENS), 1)

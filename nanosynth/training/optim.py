@@ -17,15 +17,13 @@ def parameter_groups(
 
     `embedding_share` is the embeddings' learning rate as a share of the others'.
     """
-    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    embeddings = {id(module.weight) for module in modules}
-    parameters = list(model.parameters())
+    parameters = list(model.named_parameters())
     # In the order of one group of both and one of vectors, which older checkpoints number by.
-    tables = [p for p in parameters if id(p) in embeddings]
-    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
-    vectors = [p for p in parameters if p.dim() < 2]
+    embeddings = [p for name, p in parameters if p.dim() == 2 and ".h." not in name]
+    matrices = [p for name, p in parameters if p.dim() == 2 and ".h." in name]
+    vectors = [p for _, p in parameters if p.dim() < 2]
     return [
-        {"params": tables, "weight_decay": weight_decay, "lr_share": embedding_share},
+        {"params": embeddings, "weight_decay": weight_decay, "lr_share": embedding_share},
         {"params": matrices, "weight_decay": weight_decay, "lr_share": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_share": 1.0},
     ]
@@ -45,15 +43,13 @@ def build_optimizer(
     be compiled. Both read `found_inf` on the device, so a skipped update needs no host wait.
     """
     groups = parameter_groups(model, weight_decay, embedding_share)
-    matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
     if name == "muon":
-        taken = {id(parameter) for _, parameter in matrices}
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        groups[1]["params"] = []
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     adamw.register_load_state_dict_pre_hook(keep_groups)
     if name == "adamw":
         return adamw
+    matrices = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
     return MuonAdamW(
         matrices, adamw, weight_decay=weight_decay, world=world, is_compiled=is_compiled
     )

@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 
+import train
 from benchmarks import alternate, compare_training
 from benchmarks.alternate import Contender
-from nanosynth import UserError
+from nanosynth import UserError, settings
 from tiny import REPO, random_ids, tiny_model
 
 TICKS = (
@@ -105,6 +106,14 @@ def test_each_peer_meets_our_fastest_and_ours_of_its_dtype():
         ("nanosynth, float32", "nanoGPT, float32"),
         ("nanosynth, bfloat16", "nanosynth, float32"),
     ]
+
+
+def test_our_commands_are_such_as_train_takes(tmp_path):
+    config = compare_training.CompareConfig(trainer=False)
+    sizes = {name: getattr(config, name) for name in compare_training.SIZES}
+    for ours in compare_training.contenders(config, sizes, tmp_path):
+        taken = settings.load(train.TrainConfig, ours.command[1:], "train.py")
+        assert taken.rows_per_step == config.rows_per_step
 
 
 def test_transformers_gets_the_same_model():

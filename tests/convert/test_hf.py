@@ -17,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import eval_ppl
 import sample
@@ -350,6 +351,18 @@ def test_the_card_says_what_the_runs_folder_knows(tiny_bins, tmp_path):
         HFConfig(source="a", to="b", license="mit")
 
 
+@pytest.mark.parametrize(
+    "licence",
+    ["mit", 'other: "x"', "yes", "1.0", "null", " # x", "a\n---\nb", "{name}", "zażółć", "x\udcff"],
+)
+def test_the_cards_front_matter_holds_any_licence_as_it_is_given(licence, tmp_path):
+    run_dir = save_run(random_model(), tmp_path / "a\n---\n{run}")
+    card = ModelCard.load(convert(run=run_dir, to=tmp_path / "hf", license=licence) / "README.md")
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert card.data.to_dict() == front | {"license": licence}
+    assert card.text.startswith("\n# a --- {run}\n")
+
+
 def gpt2(rows: int = 50257, **changes) -> transformers.GPT2LMHeadModel:
     """A random GPT-2 of transformers whose logits lie about 20 below zero, as GPT-2's do."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": rows}
@@ -508,9 +521,10 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
         ({"n_head": 3}, "n_head=3, n_embd=16.*; wanted .* n_embd divisible by n_head"),
         ({"n_layer": None}, "'n_layer' expected int, got NoneType"),
         ({"n_layer": True}, "'n_layer' expected int, got bool"),
-        ({"n_layer": 0}, "n_layer=0, .*; wanted 1 or more of each"),
+        ({"n_layer": 0}, "n_layer=0, .*; wanted sizes of 1 or more"),
+        ({"n_layer": 10**9}, "its config.json: 29 tensors are not of 1,000,000,000 layers"),
         ({"n_embd": "16"}, r"'n_embd' expected int, got str \(value: '16'\)"),
-        ({"resid_pdrop": 1.0}, "resid_pdrop=1.0; wanted .* below 1"),
+        ({"resid_pdrop": 1.0}, "dropout=1.0, .*; wanted .* below 1"),
         ({"vocab_size": 32000}, "vocab_size=32000; wanted 50257 to 50432"),
         ({"n_layer": 3}, "of its config.json: Missing key.*transformer.h.2.ln_1.weight"),
         ({"n_layer": 1}, "of its config.json: Unexpected key.*transformer.h.1.ln_1.weight"),
@@ -583,7 +597,7 @@ def test_unreadable_weights_are_refused_with_one_line(source, tmp_path):
     torch.save([1, 2], folder / PICKLE)
     assert "pytorch_model.bin cannot be read: " in refused(folder)
     torch.save({"wte.weight": "words", 7: torch.ones(2)}, folder / PICKLE)
-    assert "has not the tensors of its config.json: Missing key" in refused(folder)
+    assert "has transformer.wte.weight, a str; wanted a tensor" in refused(folder)
     (folder / PICKLE).write_bytes(b"")
     assert "pytorch_model.bin cannot be read" in refused(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../x.safetensors"}}))

@@ -50,13 +50,20 @@ def save_tokenizer(folder: Path, *added: str, **special: str) -> None:
     tokens.save_pretrained(folder)
 
 
-def save_slow_tokenizer(folder: Path) -> None:
+def save_slow_tokenizer(folder: Path, change: Callable[[list], list] = list) -> None:
     """As transformers 4 saved GPT2Tokenizer, after a pad token was added."""
     model = json.loads(openai_tokenizer())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    merges = [" ".join(pair) for pair in change(model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "added_tokens.json").write_text('{"[PAD]": 50257}')
     (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "[PAD]"}}')
+
+
+def save_changed_tokenizer(folder: Path, **changes) -> None:
+    save_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -114,6 +121,10 @@ EXACT = {
     "as saved": (gpt2, lambda folder: None),
     "bare, with masks": (gpt2, lambda f: with_tensors(f, bare)),
     "head stored": (gpt2, lambda f: with_tensors(f, lambda t: t | {HEAD: t[WTE].clone()})),
+    "head stored alone": (
+        gpt2,
+        lambda f: with_tensors(f, lambda t: {HEAD if name == WTE else name: t[name] for name in t}),
+    ),
     "shards": (gpt2, lambda f: in_shards(f, PARTS, INDEX)),
     "pickle": (gpt2, lambda f: with_tensors(f, name=PICKLE)),
     "pickled shards": (gpt2, lambda f: in_shards(f, BIN_PARTS, PICKLE_INDEX)),
@@ -134,6 +145,31 @@ EXACT = {
     "GPT-2's tokenizer": (gpt2, save_tokenizer),
     "pad": (lambda: gpt2(50258), lambda f: save_tokenizer(f, pad_token="[PAD]")),
     "pad, slow": (lambda: gpt2(50258), save_slow_tokenizer),
+    "pad, slow, no merges": (
+        lambda: gpt2(50258),
+        lambda f: save_slow_tokenizer(f, lambda merges: []),
+    ),
+    "saved while it padded": (
+        gpt2,
+        lambda f: save_changed_tokenizer(
+            f,
+            padding={
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 50256,
+                "pad_type_id": 0,
+                "pad_token": "<|endoftext|>",
+            },
+            truncation={
+                "direction": "Right",
+                "max_length": 4,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            },
+        ),
+    ),
+    "not quantised": (gpt2, lambda f: change_config(f, quantization_config=None)),
     "padded": (lambda: gpt2(50304), save_tokenizer),
     "padded further": (lambda: gpt2(50432), lambda f: save_tokenizer(f, pad_token="[PAD]")),
     "ours": (lambda: gpt2(50259), lambda f: save_tokenizer(f, *MARKS)),
@@ -201,7 +237,57 @@ REFUSED = {
     ),
     "quantised by a file": (
         lambda f: (f / "quantize_config.json").write_text("{}"),
-        "quantize_config.json is a quantised model",
+        "quantize_config.json is of a quantised model",
+    ),
+    "quantised by another file": (
+        lambda f: (f / "hf_quant_config.json").write_text("{}"),
+        "hf_quant_config.json is of a quantised model",
+    ),
+    "an adapter's weights": (
+        lambda f: shutil.copy(f / WEIGHTS, f / "adapter_model.safetensors"),
+        "adapter_model.safetensors is an adapter",
+    ),
+    "a whole training state": (
+        lambda f: with_tensors(f, lambda t: {"state_dict": t, "epoch": 3}, PICKLE),
+        "has transformer.state_dict, a dict; wanted a tensor",
+    ),
+    "other merges": (
+        lambda f: save_slow_tokenizer(f, lambda merges: merges[::-1]),
+        "other merges than GPT-2's",
+    ),
+    "merges that are no text": (
+        lambda f: [save_slow_tokenizer(f), (f / "merges.txt").write_bytes(b"\xff")],
+        "merges.txt cannot be read: 'utf-8' codec",
+    ),
+    "merges alone": (
+        lambda f: [save_slow_tokenizer(f), (f / "vocab.json").unlink()],
+        "has merges.txt; wanted GPT-2's tokenizer.json or vocab.json",
+    ),
+    "SentencePiece": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"x"),
+        "has tokenizer.model; wanted GPT-2's",
+    ),
+    "a tokenizer without its files": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}'),
+        "has a tokenizer_config.json of LlamaTokenizer; wanted GPT-2's",
+    ),
+    "lower case": (
+        lambda f: save_changed_tokenizer(f, normalizer={"type": "Lowercase"}),
+        "tokenizer.json takes texts apart otherwise",
+    ),
+    "words alone": (
+        lambda f: save_changed_tokenizer(f, pre_tokenizer={"type": "Whitespace"}),
+        "tokenizer.json takes texts apart otherwise",
+    ),
+    "added tokens in a list": (
+        lambda f: [save_tokenizer(f),
+                   (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": []}')],
+        "tokenizer_config.json is not as transformers writes it",
+    ),
+    "a pad token of two": (
+        lambda f: [save_tokenizer(f),
+                   (f / "tokenizer_config.json").write_text('{"pad_token": ["a", "b"]}')],
+        "tokenizer_config.json is not as transformers writes it",
     ),
     "int8": (lambda f: with_tensors(f, cast(torch.int8)), "in torch.int8; wanted one of"),
     "an adapter": (

@@ -143,6 +143,14 @@ def test_it_is_a_run_for_every_script(tiny_bins, tmp_path, capfd):
         train_run(tiny_bins, tmp_path / "other", init_from=str(run_dir))
 
 
+def test_a_checkpoint_of_other_code_says_no_steps(tmp_path, capsys):
+    write_checkpoint(path := tmp_path / "ckpt.pt")
+    content = torch.load(path)
+    torch.save(content | {"iter_num": torch.tensor(7)}, path)
+    convert(path, tmp_path / "run")
+    assert capsys.readouterr().out.startswith(f"{path}, 811,344 parameters\n")
+
+
 def test_a_ckpt_elsewhere_is_answered_with_the_command(tiny_bins, tmp_path):
     path = tmp_path / "ckpt.pt"
     write_checkpoint(path)
@@ -189,6 +197,15 @@ def test_what_is_no_checkpoint_of_gpt2_is_refused(tmp_path):
     assert f"has {HEAD} apart from {WTE}" in refused()
     torch.save(changed(more=torch.zeros(1)), path)
     assert 'not the tensors of its model_args: Unexpected key(s) in state_dict: "more"' in refused()
+    for name, value in [("n_layer", "2"), ("n_head", 3), ("n_head", 0), ("dropout", 1.0)]:
+        torch.save(content | {"model_args": content["model_args"] | {name: value}}, path)
+        assert f"{name}={value!r}" in (said := refused()) and "wanted sizes of 1 or more" in said
+    torch.save(content | {"model_args": content["model_args"] | {"n_layer": 10**9}}, path)
+    assert "its model_args: 16 tensors are not of 1,000,000,000 layers" in refused()
+    torch.save(content | {"model": [1]}, path)
+    assert "wanted model and model_args" in refused()
+    torch.save(changed(**{WTE: "x"}), path)
+    assert f"has {WTE}, a str; wanted a tensor" in refused()
     arguments = {key: value for key, value in content["model_args"].items() if key != "bias"}
     torch.save(content | {"model_args": arguments}, path)
     assert "its model_args lack bias" in refused()

@@ -35,7 +35,7 @@ TRIALS = {
     "experiment.sh: SIGKILL in three stages, run again": (0, 1),
 }
 WANDB_HANGS_SECONDS = (2, 60)
-ROWS = pytest.StashKey[list]()
+ROWS: list[tuple[tuple, str, str]] = []  # (place of the test, fault, line), as they come
 
 
 class Tally:
@@ -69,10 +69,6 @@ def pytest_addoption(parser):
     parser.addoption("--campaign", action="store_true", help="full counts; writes FAULTS.md")
 
 
-def pytest_configure(config):
-    config.stash[ROWS] = []
-
-
 @pytest.fixture(scope="session")
 def campaign(request) -> bool:
     return request.config.getoption("--campaign", default=False)
@@ -81,13 +77,15 @@ def campaign(request) -> bool:
 @pytest.fixture
 def tally(request, campaign):
     """`tally(fault)`: a row of FAULTS.md; `wanted` is its number of trials where it has one."""
+    rows: list[Tally] = []
 
     def new(fault: str) -> Tally:
-        row = Tally(fault, TRIALS.get(fault, (0, 0))[campaign])
-        request.config.stash.setdefault(ROWS, []).append(row)
-        return row
+        rows.append(Tally(fault, TRIALS.get(fault, (0, 0))[campaign]))
+        return rows[-1]
 
-    return new
+    yield new
+    # A test's report carries them, also from another process.
+    request.node.user_properties += [(row.fault, row.row()) for row in rows if row.trials]
 
 
 @pytest.fixture(scope="session")
@@ -120,25 +118,29 @@ def pair(tmp_path_factory, fault_bins) -> rig.Run:
     return rig.Run(fault_bins, tmp_path_factory.mktemp("pair") / "run", n_ranks=2).finish()
 
 
-def pytest_sessionfinish(session, exitstatus):
-    config = session.config
-    rows = [row for row in config.stash.get(ROWS, []) if row.trials]
-    is_whole = TRIALS.keys() <= {row.fault for row in rows}
-    if not (config.getoption("--campaign", default=False) and rows and is_whole):
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        ROWS.extend((report.location[:2], *row) for row in report.user_properties)
+
+
+def pytest_sessionfinish(session):
+    is_worker = hasattr(session.config, "workerinput")
+    is_campaign = session.config.getoption("--campaign", default=False)
+    if is_worker or not is_campaign or not TRIALS.keys() <= {fault for _, fault, _ in ROWS}:
         return
     text = [
         "# Faults that a run survives",
         "",
-        "Written by the last `make faults` (`python -m pytest tests/faults --campaign`) from what",
-        "it counted; nothing in it is typed by hand. Survived: every promise of the fault's test",
-        "held, which for most is an end bit for bit equal to the uninterrupted run's: weights,",
-        "moments, scaler, guard, and each step's losses in metrics.jsonl, once.",
+        "Written by the last `make faults` from what it counted; nothing in it is typed by hand.",
+        "Survived: every promise of the fault's test held, which for most is an end bit for bit",
+        "equal to the uninterrupted run's: weights, moments, scaler, guard, and what metrics.jsonl",
+        "has of each step.",
         "",
         f"{datetime.date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         "",
         "| fault | trials | survived | where it landed |",
         "|---|---|---|---|",
-        *(row.row() for row in rows),
+        *(line for _, _, line in sorted(ROWS)),
     ]
     (REPO / "benchmarks" / "FAULTS.md").write_text("\n".join(text) + "\n")

@@ -29,14 +29,7 @@ def crowded(room: int):
 
 
 def largest(rows_per_step: int, world: World) -> int:
-    return micro_batch.largest(
-        SHAPE,
-        gradient_checkpointing=False,
-        is_compiled=False,
-        n_rows=rows_per_step // world.size,
-        dtype=torch.float32,
-        world=world,
-    )
+    return micro_batch.largest(SHAPE, rows_per_step // world.size, **TRIAL | {"world": world})
 
 
 @pytest.fixture

@@ -228,17 +228,6 @@ def test_the_fixed_judge_prefers_the_prompt_that_shares_rare_words():
         assert judge.prefers(encode(nothing), harbour, boats) is None
 
 
-def test_a_bootstrap_keeps_what_is_paired():
-    """Each unit's two figures differ by 1 exactly: so does every resample, however they spread."""
-    first = np.random.default_rng(0).normal(0, 100, 50)
-    pairs = np.stack([first + 1, first, np.ones(50)], axis=1)
-    found = quality.bootstrap(pairs, lambda own, other, n: (own - other) / n)
-    assert found == pytest.approx([1.0, 1.0])
-    low, high = quality.bootstrap(pairs, lambda own, other, n: own / n)
-    wanted = 1.96 * first.std() / 50**0.5  # the interval of a mean by the normal distribution
-    assert (high - low) / 2 == pytest.approx(wanted, rel=0.15) and low < first.mean() + 1 < high
-
-
 def test_coherence_relative_to_the_references():
     own, references = [True] * 81 + [False] * 19, [True] * 90 + [False] * 10
     found = quality.relative(own, references)

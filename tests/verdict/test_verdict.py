@@ -72,7 +72,7 @@ def test_about_the_prompt_is_told_from_a_model_that_copies():
     ]
     empty = answers.Answer(number=0, sample=0, ids=[], ended=True)
     model = Echo()
-    answers.add_parts(model, prompts, [*right, *swapped, empty], batch_size=3)
+    answers.add_findings(model, prompts, [*right, *swapped, empty], 3, None)
     assert [a.parts["about_prompt"] for a in right] == [True] * 4
     assert [a.parts["about_prompt"] for a in swapped] == [False] * 4
     assert not empty.parts["about_prompt"] and not empty.coherent
@@ -297,18 +297,21 @@ def test_a_planted_copy_is_counted(wide_run, tmp_path):
     document = ([*long, tokenizer.END_OF_TEXT], [0] * 61)
     data_dir = write_bins(tmp_path / "bins", {"train": [document] * 3, "val": [document]})
     train = bins.Split(data_dir, "train")
-    sets = {
-        "greedy": [answers.Answer(number=0, sample=0, ids=long[:50], ended=True)],
-        "sampled": [
-            answers.Answer(number=0, sample=0, ids=long[:49], ended=True),
-            answers.Answer(number=1, sample=0, ids=[*long[:49], 7], ended=True),
-        ],
-        "reference": [answers.Answer(number=0, sample=0, ids=[5], ended=True)],
-    }
-    found = answers._memorised(sets, train)
-    assert found["greedy"]["passed"] == found["greedy"]["n"] == 1
-    assert found["sampled"]["passed"] == 0 and found["sampled"]["long_enough"] == 1
-    assert found["reference"] is None
+    prompts = answers.Prompts(name="x", ids=[[1], [2]])
+    found = [
+        answers.Answer(number=n, sample=0, ids=ids, ended=True)
+        for n, ids in enumerate((long[:50], long[:49], [*long[:49], 7], [5]))
+    ]
+    for answer in found:
+        answer.number %= 2
+    answers.add_findings(
+        tiny_model(vocab_size=tokenizer.VOCAB_SIZE, block_size=64), prompts, found, 4, train
+    )
+    assert [answer.copied for answer in found] == [True, False, False, False]
+    assert answers._memorised(found[:1])["share"] == 1
+    counted = answers._memorised(found[1:3])
+    assert counted["passed"] == 0 and counted["long_enough"] == 1
+    assert answers._memorised(found[3:]) is None
 
 
 def test_missing_packages_and_bins_leave_the_rest(wide_run, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ control.json holds what both got and the difference, the run's less the control'
 interval that resamples what both were given: documents, questions, prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import log
 
 import numpy as np
@@ -22,26 +22,6 @@ WINDOWS = 8  # scored at once
 BITS = "bits a byte"
 
 
-def compare(
-    run: Run,
-    control: Run,
-    load: Callable[[Run], LoadedRun],
-    dtype: torch.dtype,
-    made_of: Sequence[str] = (),
-) -> dict:
-    """The content of control.json; the models that `load` gives are multiplied in `dtype`.
-
-    Bits a byte, which take a pass over both splits, stay where the run's own control.json was
-    `made_of` the same: digests of both checkpoints and of both splits.
-    """
-    is_known = made_of and run.control.get("made_of") == made_of
-    measured = [d for d in run.control.get("differences", ()) if is_known and d["what"] == BITS]
-    measured = measured or [*bits_per_byte(run, control, load, dtype)]
-    measured += [*tasks(run, control), *prompts(run, control)]
-    facts = {"control": control.path, "made_of": made_of, "unlike": unlike(run, control)}
-    return facts | {"differences": measured}
-
-
 def difference(what: str, of: str, rows: np.ndarray) -> dict:
     """`rows` (n, 3): of each unit what the run got, what the control got, and what it weighs."""
     own, other = rows.sum(axis=0)[:2] / max(rows.sum(axis=0)[2], 1)
@@ -51,7 +31,7 @@ def difference(what: str, of: str, rows: np.ndarray) -> dict:
 
 
 def bits_per_byte(
-    run: Run, control: Run, load: Callable[[Run], LoadedRun], dtype: torch.dtype
+    run: Run, control: Run, load: Callable[[str], LoadedRun], dtype: torch.dtype
 ) -> Iterator[dict]:
     """Of both on the validation split of each, over the tokens that both were trained on."""
     of_each = (bins.Split(of.settings.get("data_dir", ""), "val") for of in (run, control))
@@ -59,7 +39,7 @@ def bits_per_byte(
     on_answers = any(of.settings.get("loss_on") == "assistant" for of in (run, control))
     sums: dict[str, list[tuple]] = {sha256: [] for sha256 in splits}
     for of in (run, control):  # one model in memory at a time
-        model = load(of).model
+        model = load(of.path).model
         for sha256, split in splits.items():
             sums[sha256].append(_bits_and_bytes(model, split, dtype, on_answers))
     for sha256, split in splits.items():

@@ -102,7 +102,7 @@ def perplexity(run: Run) -> Judgement:
     if math.isnan(scored["perplexity"]):
         remark = f"no finite figure {remark}: it diverged, to a loss of {scored.get('loss')} nats"
         return judged(verdict=FAIL, remark=remark)
-    if run.perplexity["loss_on"] == "assistant":
+    if run.targets == "assistant":
         every = run.perplexity["all"]
         remark = f"trained on the assistant's tokens alone: {remark}; over all {every['tokens']:,} "
         remark += f"tokens {every['perplexity']:,.3f}"
@@ -179,8 +179,7 @@ def reproducibility(seeds: list[Run], by_run: dict[str, list[Judgement]]) -> Jud
 
 def trained_tokens(run: Run) -> dict:
     """eval_ppl.json's figures over the tokens that training had for targets."""
-    scored = run.perplexity
-    return scored.get(scored["loss_on"], scored["all"])
+    return run.perplexity.get(run.targets, run.perplexity["all"])
 
 
 def recipes(runs: list[Run]) -> list[list[Run]]:

@@ -72,9 +72,8 @@ def figures(run: Run) -> dict[str, float]:
         named["validation loss, last"] = losses[max(losses)]
     if exact:
         named["answers exactly right"] = fmean(exact)
-    order = ("all", "assistant")  # those that training had for targets first
-    order = order[::-1] if run.perplexity.get("loss_on") == "assistant" else order
-    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in order}
+    first = dict.fromkeys((run.targets, "all", "assistant"))
+    scored = {f"{name} tokens": run.perplexity.get(name, {}) for name in first}
     for of, tree in {**scored, **answers(run)}.items():
         named |= {f"{of}: {name}": value for name, value in leaves(tree)}
     for task, result in run.tasks.get("zero_shot", {}).items():
@@ -105,12 +104,11 @@ def by_label(run: Run) -> dict[str, list[tuple]]:
     """By 'source' and 'category', where there are several: (name, perplexity, its interval, bits a
     byte, tokens, documents) of each, over the tokens that training had for targets.
     """
-    kind = "assistant" if run.perplexity.get("loss_on") == "assistant" else "all"
     found = {}
     for use in ("source", "category"):
         rows = []
         for name, part in run.perplexity.get(f"by_{use}", {}).items():
-            of = part.get(kind, {})
+            of = part.get(run.targets, {})
             if KINDS["number"](of.get("perplexity")):
                 facts = [of[key] for key in ("perplexity", "perplexity_95", "bits_per_byte")]
                 rows.append((one_line(name)[:40], *facts, of["tokens"], part["documents"]))

@@ -64,6 +64,11 @@ class Run:
         return self.steps >= wanted if wanted else None
 
     @property
+    def targets(self) -> str:
+        """The tokens that training had for targets, as eval_ppl.json names them."""
+        return "assistant" if self.perplexity.get("loss_on") == "assistant" else "all"
+
+    @property
     def scored_step(self) -> int | None:
         """The step that eval_ppl.json is of."""
         step = Path(self.perplexity.get("checkpoint", "")).name.removeprefix("step_")

@@ -47,6 +47,9 @@ def measure(lm: HFLM, names: list[str], *, limit: int, chat_format: bool) -> tup
     manager = TaskManager(
         include_path=str(TASKS_DIR), include_defaults=not {*names} <= {*LOCAL_TASKS}
     )
+    # lm_eval's progress bars can't be told to stay out of log files.
+    hides = contextlib.redirect_stderr(io.StringIO())
+    shows_bars = contextlib.nullcontext() if sys.stderr.isatty() else hides
     figures: dict[str, dict] = {}
     not_run = []
     for name in names:
@@ -55,7 +58,7 @@ def measure(lm: HFLM, names: list[str], *, limit: int, chat_format: bool) -> tup
             not_run.append(f"no task {name!r}; wanted {wanted}")
             continue
         try:
-            with _bars_on_terminals_only():
+            with shows_bars:
                 loaded = manager.load([name])
                 measured = lm_eval.evaluator.evaluate(
                     lm,
@@ -72,13 +75,6 @@ def measure(lm: HFLM, names: list[str], *, limit: int, chat_format: bool) -> tup
         scores = _figures(measured, loaded["tasks"])
         figures |= {task: scored | {"asked_as": name} for task, scored in scores.items()}
     return figures, not_run
-
-
-def _bars_on_terminals_only() -> contextlib.AbstractContextManager:
-    """lm_eval's progress bars can't be told to stay out of log files."""
-    if sys.stderr.isatty():
-        return contextlib.nullcontext()
-    return contextlib.redirect_stderr(io.StringIO())
 
 
 def _figures(measured: dict, loaded: dict) -> dict[str, dict]:

@@ -41,8 +41,8 @@ def pair(tmp_path):
     return folders
 
 
-def load(run: runs.Run) -> verdict.load:
-    return verdict.load(run.path, device=torch.device("cpu"), dtype=torch.float32, cast=False)
+def load(path: str) -> verdict.load:
+    return verdict.load(path, device=torch.device("cpu"), dtype=torch.float32, cast=False)
 
 
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
@@ -56,7 +56,7 @@ def test_bits_a_byte_crosswise_are_those_of_eval_ppl(pair, loss_on):
         ids, mask = split.ids(0, split.n_tokens), split.mask(0, split.n_tokens)
         for name, run in (("run", own), ("control", other)):
             how = {"stride": 64, "batch_size": 8, "dtype": torch.float32}
-            losses = eval_ppl.score(load(run).model, ids, ALONE, **how)
+            losses = eval_ppl.score(load(run.path).model, ids, ALONE, **how)
             wanted = eval_ppl.figures(losses, ids[1:], mask[1:], seed=0)[loss_on]["bits_per_byte"]
             assert measured[name] == pytest.approx(wanted, rel=1e-6)
         low, high = measured["interval"]

@@ -82,7 +82,7 @@ if __name__ == "__main__":
 from model import GPT
 from nanosynth.data import bins, utf8
 from nanosynth.device import choose_device, choose_dtype
-from nanosynth.files import writable, write_atomically
+from nanosynth.files import printed_if_lost, writable, write_atomically
 from nanosynth.inference import generation
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
@@ -257,7 +257,8 @@ def main(config: SampleConfig) -> None:
     else:
         folder = writable(Path(config.output_dir or path.parent), "use another --output_dir")
         records = answer_all(model, prompts, config, sampling)
-        texts = write_generations(records, folder)
+        with printed_if_lost(records):
+            texts = write_generations(records, folder)
         report(records, config, texts)
 
 

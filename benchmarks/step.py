@@ -26,7 +26,7 @@ import train
 from benchmarks import plan, timing
 from nanosynth import device, settings, tokenizer
 from nanosynth.data import bins
-from nanosynth.files import write_atomically
+from nanosynth.files import writable, write_atomically
 from nanosynth.settings import setting
 from nanosynth.table import table
 from nanosynth.training import distributed
@@ -262,10 +262,9 @@ def main(config: StepConfig) -> None:
         return
     # Ours for the time of the run: no folder of the user's is read or written.
     if config.json:
-        try:
-            Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            config.refuse("json", f"wanted a file in a folder that can be made: {error}")
+        writable(Path(config.json).parent, "use another --json")
+    if config.profile:
+        writable(Path(config.profile), "use another --profile")
     is_random = config.origins.get("data_dir") != "command line"
     with tempfile.TemporaryDirectory() as folder:
         data_dir = config.data_dir

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanosynth import UserError
+from nanosynth import UserError, terminal
 
 
 class HashedFile:
@@ -83,6 +83,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def json_text(value: object) -> str:
     """JSON has no NaN and no infinity: null stands for them."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2)
+
+
+@contextlib.contextmanager
+def printed_if_lost(found: object) -> Iterator[None]:
+    """Where the files written here cannot be, what was computed for them is printed instead."""
+    try:
+        yield
+    except OSError:
+        terminal.say(json_text(found))
+        raise
 
 
 def writable(folder: Path, mend: str) -> Path:

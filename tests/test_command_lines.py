@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
 from nanosynth import checkpoint
-from tiny import RUN, SCRIPTS, command, flags, losses, read_metrics, torchrun
+from tiny import REPO, RUN, SCRIPTS, command, flags, losses, read_metrics, torchrun
 
 
 def succeed(done: subprocess.CompletedProcess) -> str:
@@ -88,6 +89,29 @@ def test_help(program):
     said = succeed(command(*program.split(), "--help"))
     assert f"usage: python {program}" in said and f"--{a_setting(program)}=" in said
     assert max(map(len, said.splitlines())) <= 100
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    """A line of bash in the repository's root; `python` is this one."""
+    line = f'python() {{ {sys.executable} "$@"; }}; {line}'
+    kept = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", line], cwd=REPO, env=kept, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "-m convert.nanogpt", "data/make_sample.py"])
+def test_help_for_a_reader_that_leaves(program):
+    """0 where all of it fits into the pipe, else a shell's word for SIGPIPE."""
+    done = shell(f"python {program} --help | head -1; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode in (0, 141) and not done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stdin", ["</dev/null", "<&-", "< <(echo Hi)"])
+def test_a_chat_without_a_terminal(stdin, run_dir):
+    """It ends with its input, answers to what there is, and says no more than on a terminal."""
+    done = shell(f"python sample.py --run={run_dir} --chat --device=cpu --max_new_tokens=2 {stdin}")
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.count("you> ") == 1 + ("Hi" in stdin)
 
 
 @pytest.mark.parametrize("program", ["train.py", "-m verdict", "-m benchmarks.step"])

@@ -98,7 +98,7 @@ import eval_ppl
 from nanosynth import checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.device import choose_device, choose_dtype, device_name
-from nanosynth.files import json_text, writable, write_atomically
+from nanosynth.files import json_text, printed_if_lost, writable, write_atomically
 from nanosynth.inference.generation import Sampling
 from nanosynth.inference.load import load
 from verdict import LOCAL_TASKS, TASKS_DIR, answers, control, instructions, quality, report, runs
@@ -188,8 +188,9 @@ class Measurement:
             )
             records += of_set
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_atomically(Path(self.run.path) / "task_generations.jsonl", "".join(lines))
-        self.write_tasks("generation", found, started)
+        with printed_if_lost(found):
+            write_atomically(Path(self.run.path) / "task_generations.jsonl", "".join(lines))
+            self.write_tasks("generation", found, started)
 
     def open_data(self) -> tuple[bins.Split | None, bins.Split | None]:
         """(validation, training); None where the bins are gone or were never there."""
@@ -220,11 +221,12 @@ class Measurement:
         self.notices += not_run
         scores = {task: scored.pop("scores") for task, scored in figures.items()}
         items = {task: {"step": self.meta["step"], "scores": of} for task, of in scores.items()}
-        write_atomically(
-            Path(self.run.path) / "task_items.json", json.dumps(self.run.items | items)
-        )
         found = {task: scored | how for task, scored in figures.items()}
-        self.write_tasks("zero_shot", self.tasks["zero_shot"] | found, started)
+        with printed_if_lost(found):
+            write_atomically(
+                Path(self.run.path) / "task_items.json", json.dumps(self.run.items | items)
+            )
+            self.write_tasks("zero_shot", self.tasks["zero_shot"] | found, started)
 
     def write_tasks(self, part: str, found: dict, started: float) -> None:
         """tasks.json, with how this part of it was measured and how long that took."""
@@ -292,7 +294,8 @@ def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> li
     differences += [*control.tasks(run, other), *control.prompts(run, other)]
     found = {"control": other.path, "made_of": made_of, "unlike": control.unlike(run, other)}
     found["differences"] = differences
-    write_atomically(Path(run.path) / "control.json", json.dumps(found, indent=2))
+    with printed_if_lost(found):
+        write_atomically(Path(run.path) / "control.json", json.dumps(found, indent=2))
     return []
 
 

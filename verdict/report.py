@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from nanosynth import UserError
+from nanosynth import UserError, terminal
 from nanosynth.files import write_atomically
 from nanosynth.schema import KINDS
 from nanosynth.table import table
@@ -352,6 +352,9 @@ def write(runs: list[Run], folder: Path, n_samples: int) -> str:
     facts = gather(runs, n_samples)
     found = json.dumps(summary(facts), indent=2)
     page = template("report.html").render(facts, pictures=curves.as_svg(runs))
+    criteria_rows = criteria_table(facts["judged"])
+    in_short = table(criteria_rows.cells(), left=criteria_rows.left)
+    said = "\n".join([*facts["headlines"], "", in_short])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.html", page)
@@ -362,8 +365,6 @@ def write(runs: list[Run], folder: Path, n_samples: int) -> str:
             if labels := by_label(run):
                 curves.draw_labels(labels, folder / labels_file(number))
     except OSError as error:
+        terminal.say(said)
         raise UserError(f"cannot write the report: {error}; use another --output_dir") from error
-    criteria_rows = criteria_table(facts["judged"])
-    in_short = table(criteria_rows.cells(), left=criteria_rows.left)
-    written = f"written: {folder / 'report.html'}, report.md, report.json, curves.png"
-    return "\n".join([*facts["headlines"], "", in_short, "", written])
+    return f"{said}\n\nwritten: {folder / 'report.html'}, report.md, report.json, curves.png"

@@ -277,3 +277,23 @@ def test_a_read_only_run_is_not_measured(place, monkeypatch, capfd):
     given = ["--run=run", "--device=cpu", f"--output_dir={place / 'scored'}"]
     assert run("eval_ppl", given, capfd).code == 0
     assert json.loads((place / "scored" / "eval_ppl.json").read_text())["all"]["tokens"]
+
+
+LOST = {  # where a folder stands in the place of a file: what is printed instead
+    "generations.jsonl": ("sample", ["--run=run", "--prompts=prompts.txt"], '"finish": "length"'),
+    "eval_ppl.json": ("eval_ppl", ["--run=run"], "bits/byte"),
+    "tasks.json": ("verdict.__main__", ["--run=run", "--only=tasks", "--tasks="], '"prompts": {}'),
+    "report.md": ("verdict.__main__", ["--run=run", "--only=report"], "criterion"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_cannot_be_kept_is_printed(place, name, capfd):
+    (place / "prompts.txt").write_text("Hi\n")
+    (place / "run" / name).mkdir()
+    script, given, figures = LOST[name]
+    given = [*given, "--device=cpu"]
+    given += ["--max_new_tokens=2"] if script != "eval_ppl" else []
+    ended = run(script, given, capfd)
+    assert ended.code == 1 and figures in ended.out
+    assert ": error: " in ended.err.splitlines()[-1] and "Traceback" not in ended.err

@@ -275,7 +275,7 @@ def encoded(
     """Each batch with its documents, in order, encoded by threads while the next ones are read."""
 
     def encode(batch: list[Conversation]) -> Iterable:
-        documents = tokenizer.encode_documents([conversation.turns for conversation in batch])
+        documents = tokenizer.encode_conversations([conversation.turns for conversation in batch])
         return zip(batch, documents, strict=True)
 
     waiting: deque[Future] = deque()

@@ -67,22 +67,17 @@ def _turn_opening(role: str) -> np.ndarray:
 
 def encode_conversations(
     conversations: Sequence[Sequence[Turn]],
-) -> list[tuple[list[int], list[int]]]:
-    """One (ids, mask) for each conversation; the mask is 1 on assistant text and its <|im_end|>.
-
-    A plain text, one turn of the role TEXT, is its own ids and <|endoftext|>, mask 1.
-
-    >>> encode_conversations([[("user", "Hi"), ("assistant", "Yo")]])
-    [([50257, 7220, 198, 17250, 50258, 198, 50257, 562, 10167, 198, 38101, 50258, 198, 50256],
-      [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0])]
-    """
-    return [(ids.tolist(), mask.tolist()) for ids, mask in encode_documents(conversations)]
-
-
-def encode_documents(
-    conversations: Sequence[Sequence[Turn]],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`encode_conversations` as arrays, (T,) uint16 and (T,) uint8, for a whole data set."""
+    """(ids, mask) of each conversation, (T,) uint16 and (T,) uint8.
+
+    The mask is 1 on assistant text and its <|im_end|>. A plain text, one turn of the role TEXT, is
+    its own ids and <|endoftext|>, mask 1.
+
+    >>> [(ids, mask)] = encode_conversations([[("user", "Hi"), ("assistant", "Yo")]])
+    >>> ids.tolist(), mask.tolist()
+    ([50257, 7220, 198, 17250, 50258, 198, 50257, 562, 10167, 198, 38101, 50258, 198, 50256],
+     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0])
+    """
     encoded = iter(_encode_texts([text for turns in conversations for _, text in turns]))
     closing = np.array([IM_END, NEWLINE], dtype=np.uint16)
     end = np.array([END_OF_TEXT], dtype=np.uint16)
@@ -131,7 +126,7 @@ def is_unicode(text: str) -> bool:
 def prompt_ids(turns: Sequence[Turn]) -> list[int]:
     """The ids of `turns` followed by an opened assistant turn: what the model is to continue."""
     ids, _ = encode_conversations([turns])[0]
-    return ids[:-1] + _turn_opening("assistant").tolist()
+    return [*ids[:-1].tolist(), *_turn_opening("assistant").tolist()]
 
 
 def decode(ids: Iterable[int]) -> str:

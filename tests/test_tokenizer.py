@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nanosynth import UserError, tokenizer
+from tiny import encoded
 
 # fmt: off
 # Three turns. What looks special inside a turn is ordinary text: " <", "|", "im", "_", ...
@@ -19,20 +20,20 @@ MASK = [0] * 8 + [0] * 13 + [0] * 4 + [1] * 9 + [0] + [0]
 
 
 def test_golden_ids_and_mask():
-    assert tokenizer.encode_conversations([TURNS]) == [(IDS, MASK)]
+    assert encoded(TURNS) == [(IDS, MASK)]
 
 
 def test_mask_marks_each_answer_and_its_end():
     turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "So long")]
-    ids, mask = tokenizer.encode_conversations([turns])[0]
+    ids, mask = encoded(turns)[0]
     marked = [id for id, counts in zip(ids, mask, strict=True) if counts]
     assert tokenizer.decode(marked) == "Yo<|im_end|>So long<|im_end|>"
 
 
 def test_conversations_encoded_together_equal_those_encoded_alone():
     conversations = [TURNS, [("user", "One"), ("assistant", "Two")], TURNS[1:]]
-    together = tokenizer.encode_conversations(conversations)
-    assert together == [tokenizer.encode_conversations([turns])[0] for turns in conversations]
+    together = encoded(*conversations)
+    assert together == [encoded(turns)[0] for turns in conversations]
 
 
 def test_prompt_is_the_beginning_of_the_training_document():

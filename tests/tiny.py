@@ -14,7 +14,7 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from nanosynth import checkpoint
+from nanosynth import checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.training import distributed, optim
 
@@ -84,6 +84,12 @@ def write_bins(data_dir: Path, documents: dict[str, list[tuple[list[int], list[i
         writer.shuffle(0, np.repeat([0, 1], counts))
         writer.publish({"source": "test"})
     return str(data_dir)
+
+
+def encoded(*conversations: list[tokenizer.Turn]) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each conversation."""
+    found = tokenizer.encode_conversations(conversations)
+    return [(ids.tolist(), mask.tolist()) for ids, mask in found]
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

@@ -237,9 +237,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _holds_text(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, list | dict) and next(_texts(value, depth=4), None) is not None
+    return any(True for _ in _texts(value, depth=4))
 
 
 def _check_turns(turns: list[Turn]) -> None:

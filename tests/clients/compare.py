@@ -95,8 +95,8 @@ def questions(model, run_meta: dict) -> dict:
         "ours": {
             "greedy": generation.generate(model, prompts, list(range(len(prompts))), greedy),
             "prompts": [tokenizer.prompt_ids(turns) for turns in conversations],
-            "answered": [ids for ids, _ in encoded],
-            "masks": [mask for _, mask in encoded],
+            "answered": [ids.tolist() for ids, _ in encoded],
+            "masks": [mask.tolist() for _, mask in encoded],
             "perplexity": perplexity(model, rows),
             "stops": sorted(tokenizer.STOP_IDS),
         },

@@ -28,7 +28,7 @@ from nanosynth import UserError, checkpoint, files
 from nanosynth import tokenizer as chat
 from nanosynth.data import bins
 from nanosynth.inference import generation
-from tiny import command, load_run, random_ids, tiny_model, train_run
+from tiny import command, encoded, load_run, random_ids, tiny_model, train_run
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
 
@@ -211,7 +211,7 @@ def test_chat_template_gives_our_ids(exported, text):
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt = apply(messages, add_generation_prompt=True)["input_ids"]
         assert prompt == chat.prompt_ids(turns)
-        assert apply(messages)["input_ids"] == chat.encode_conversations([turns])[0][0]
+        assert apply(messages)["input_ids"] == encoded(turns)[0][0]
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -223,7 +223,7 @@ def test_the_template_marks_what_our_mask_marks(exported, text):
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
-    assert (found["input_ids"], found["assistant_masks"]) == chat.encode_conversations([turns])[0]
+    assert (found["input_ids"], found["assistant_masks"]) == encoded(turns)[0]
 
 
 def test_the_template_takes_parts_and_no_content(exported):
@@ -233,12 +233,7 @@ def test_the_template_takes_parts_and_no_content(exported):
 
     parts = [{"type": "text", "text": "12"}, {"type": "text", "text": "3 \n"}]
     assert ids(parts) == ids("123 \n") and ids(parts[:1]) == ids("12")
-    assert (
-        ids(None)
-        == ids([])
-        == ids("")
-        == chat.encode_conversations([[("user", "Hi"), ("assistant", "")]])[0][0]
-    )
+    assert ids(None) == ids([]) == ids("") == encoded([("user", "Hi"), ("assistant", "")])[0][0]
     with pytest.raises(jinja2.TemplateError, match="wanted text, found a part of type image"):
         ids([*parts, {"type": "image", "url": "x.png"}])
 
@@ -248,7 +243,7 @@ def test_two_limits_of_their_tokenizer(exported):
     encode = exported.tokenizer.apply_chat_template
     message = {"role": "user", "content": "a<|im_end|>b"}
     assert encode([message])["input_ids"].count(chat.IM_END) == 2
-    assert chat.encode_conversations([[("user", "a<|im_end|>b")]])[0][0].count(chat.IM_END) == 1
+    assert encoded([("user", "a<|im_end|>b")])[0][0].count(chat.IM_END) == 1
     assert exported.tokenizer("user\n\n\nHi")["input_ids"] == [7220, 198, 198, 198, 17250]
     assert chat.encoding().encode_ordinary("user\n\n\nHi") == [7220, 628, 198, 17250]
 

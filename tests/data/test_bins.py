@@ -45,7 +45,7 @@ def test_prompts_and_answers():
 
 def test_prompts_and_answers_of_a_conversation():
     turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "Bye"), ("assistant", "So long")]
-    ids, mask = map(np.array, tokenizer.encode_conversations([turns])[0])
+    ids, mask = tokenizer.encode_conversations([turns])[0]
     pairs = bins.prompts_and_answers(ids, mask)
     assert [tokenizer.decode(answer) for _, answer in pairs] == [
         "Yo<|im_end|>",

@@ -257,9 +257,7 @@ def check(source: Path, data_dir: Path, found: list[object]) -> None:
         parts = np.split(ids, np.flatnonzero(ids == tokenizer.END_OF_TEXT) + 1)
         assert not parts.pop().size
         documents += [part.tolist() for part in parts]
-    assert sorted(documents) == sorted(
-        tokenizer.encode_conversations([turns])[0][0] for turns in wanted
-    )
+    assert sorted(documents) == sorted(tiny.encoded(turns)[0][0] for turns in wanted)
 
 
 @hypothesis.strategies.composite

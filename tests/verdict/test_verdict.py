@@ -13,7 +13,7 @@ import torch
 from nanosynth import UserError, checkpoint, tokenizer
 from nanosynth.data import bins
 from nanosynth.inference.generation import Sampling
-from tiny import command, tiny_model, write_bins, write_jsonl
+from tiny import command, encoded, tiny_model, write_bins, write_jsonl
 from verdict import TASKS_DIR, answers, curves, instructions, quality, runs
 from verdict import __main__ as verdict
 from verdict.__main__ import VerdictConfig
@@ -30,7 +30,7 @@ def no_pictures(monkeypatch):
 
 def chat_document(*turns: str) -> tuple[list[int], list[int]]:
     roles = ("user", "assistant")
-    return tokenizer.encode_conversations([[(roles[k % 2], t) for k, t in enumerate(turns)]])[0]
+    return encoded([(roles[k % 2], t) for k, t in enumerate(turns)])[0]
 
 
 def test_validation_prompts_take_one_turn_of_each_conversation_that_fits(tmp_path):

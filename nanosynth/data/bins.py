@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,13 +71,17 @@ class BinWriter:
         """Bins of ours have masks, or a meta.json that tells of them; others are not replaced, as
         nanoGPT's bins or a checkpoint's meta.json. In `partial` the names tell what is ours.
         """
-        masks = (self.data_dir / f"{split}_mask.bin" for split in SPLITS)
-        if not _our_meta(self.data_dir) and not any(mask.exists() for mask in masks):
-            for name in ("meta.json", "train.bin", "val.bin"):
+        meta = _our_meta(self.data_dir)
+        if not meta and not any((self.data_dir / f"{split}_mask.bin").exists() for split in SPLITS):
+            for name in ("meta.json", *BINS):
                 if os.path.lexists(path := self.data_dir / name):
                     raise UserError(f"{path} is not of prepare.py; name another --data_dir")
         picture = self.data_dir / PICTURE
-        self._owns_picture = not picture.exists() or is_our_picture(picture)
+        self._owns_picture = (
+            not picture.exists()
+            or OUR_MARK.encode() in picture.read_bytes()[:1024]
+            or bool(meta and "label_files" not in meta)  # version 0.1.0, which made no mark
+        )
         if has_picture and not self._owns_picture:
             raise UserError(f"{picture} is not of prepare.py; move it, or say --picture=False")
         if os.path.lexists(self.partial):
@@ -116,7 +120,8 @@ class BinWriter:
         for spool, of, itemsize in zip(self._spools, ("", "_mask"), (2, 1), strict=True):
             spool.flush()
             for name, order in orders.items():
-                documents = _stretches(spool, starts[order] * itemsize, lengths[order] * itemsize)
+                places = zip(starts[order] * itemsize, lengths[order] * itemsize, strict=True)
+                documents = (os.pread(spool.fileno(), size, start) for start, size in places)
                 self._write(f"{name}{of}.bin", documents)
             spool.truncate(0)  # for the disk's sake
         for name, order in orders.items() if labels is not None else ():
@@ -141,13 +146,13 @@ class BinWriter:
             "files": {name: self._files[name] for name in FILES},
             "label_files": {name: self._files[name] for name in LABELS if name in self._files},
         }
-        old = [*([PICTURE] if self._owns_picture else []), "meta.json", CHECKED, *LABELS]
-        for name in old:
+        pictures = [PICTURE] if self._owns_picture else []
+        for name in (*pictures, "meta.json", CHECKED, *LABELS):
             (self.data_dir / name).unlink(missing_ok=True)
         sync(self.data_dir)
-        has_picture = (self.partial / PICTURE).is_file()
+        pictures = [PICTURE] if (self.partial / PICTURE).is_file() else []
         # A mask comes before its bin: it tells that both are ours, should this be killed.
-        for name in (*sorted(self._files, reverse=True), *([PICTURE] if has_picture else [])):
+        for name in (*sorted(self._files, reverse=True), *pictures):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
@@ -161,24 +166,6 @@ class BinWriter:
                 spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._stack.close()
-
-
-def _stretches(file: BinaryIO, starts: np.ndarray, lengths: np.ndarray) -> Iterator[bytes]:
-    for first in range(0, len(starts), 4096):  # as Python's numbers a part at a time
-        part = slice(first, first + 4096)
-        for start, length in zip(starts[part].tolist(), lengths[part].tolist(), strict=True):
-            yield os.pread(file.fileno(), length, start)
-
-
-def is_our_picture(path: Path) -> bool:
-    """Whether prepare.py drew it: it says so in the file. Version 0.1.0 did not, nor had it labels,
-    but a picture beside its meta.json is its own.
-    """
-    with open(path, "rb") as file:
-        if OUR_MARK.encode() in file.read(1024):
-            return True
-    meta = _our_meta(path.parent)
-    return bool(meta) and "label_files" not in meta
 
 
 def _our_meta(folder: Path) -> dict:

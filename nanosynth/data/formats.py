@@ -180,10 +180,10 @@ def _lists_of_rows(value: object, reading: Reading) -> Iterator[tuple[str, list]
         first = inside[0] if isinstance(inside, list) and inside else None
         # A column of turns is no list of rows, unless each of them has turns.
         nested = isinstance(first, dict) and any(key in first for key in reading.columns["turns"])
-        if isinstance(first, dict) and (nested or not reading.may_be_row({name: inside})):
-            found.append((name, inside))
-        elif reading.may_be_row({name: inside}):
+        if reading.may_be_row({name: inside}) and not nested:
             return  # it is one
+        if isinstance(first, dict):
+            found.append((name, inside))
         else:
             found += _lists_of_rows(inside, reading)
     # Beside the rows may stand what tells of them: features, licences.

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
@@ -30,15 +29,12 @@ class EvalConfig(settings.Settings):
     )
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    dtype: settings.DTYPE = setting(
         "auto", "of the matrix products; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
 
     data_dir: str = setting(
-        "",
-        "prepared bins; empty: those the run was trained on",
-        group="What is scored, and how",
-        path=True,
+        "", "prepared bins; empty: the run's own", group="What is scored, and how", path=True
     )
     stride: int = setting(0, "tokens scored a window; 0: the context, so no overlap", at_least=0)
     batch_size: int = setting(8, "windows a GPU takes at once", at_least=1)

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nanosynth import UserError, settings, terminal, tokenizer
 from nanosynth.settings import setting
@@ -30,12 +29,10 @@ class SampleConfig(settings.Settings):
     )
     step: str = setting("best", "which checkpoint: best, latest or a step's number")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    dtype: settings.DTYPE = setting(
         "auto", "of the weights; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
-    cuda_graph: bool = setting(
-        False, "launch a token's kernels as one on a GPU, which otherwise waits for each"
-    )
+    cuda_graph: bool = setting(False, "launch a token's kernels as one: a GPU waits for each")
 
     prompt: str = setting(
         "", "one prompt; its answer goes to the terminal", group="What is asked: one of three"
@@ -55,9 +52,7 @@ class SampleConfig(settings.Settings):
         0, "take the first so many; 0: all", group="A file of prompts", at_least=0
     )
     batch_size: int = setting(64, "sequences generated together", at_least=1)
-    output_dir: str = setting(
-        "", "where generations.jsonl and .txt go; empty: the run's folder", path=True
-    )
+    output_dir: str = setting("", "for generations.jsonl and .txt; empty: the run's", path=True)
 
     max_new_tokens: int = setting(
         256, "longest answer; half the context at most", group="The sampling", at_least=1
@@ -65,7 +60,7 @@ class SampleConfig(settings.Settings):
     temperature: float = setting(0.8, "0: always the likeliest token", at_least=0)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", at_least=0)
     top_p: float = setting(
-        0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
+        0.95, "keep the likeliest up to this much probability", above=0, at_most=1
     )
     seed: int = setting(42, "of the sampling; an answer depends on no other one", **settings.SEED)
 

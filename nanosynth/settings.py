@@ -26,6 +26,7 @@ from pathlib import Path
 
 from nanosynth import UserError, terminal
 
+DTYPE = typing.Literal["auto", "float16", "bfloat16", "float32"]
 MANY = tuple[str, ...]  # the type of a setting whose flag may be given several times
 HELP_COLUMNS = 100
 LARGEST_INT = 2**63 - 1  # of what counts in torch and numpy

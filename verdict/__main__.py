@@ -28,49 +28,39 @@ class VerdictConfig(settings.Settings):
         group="The runs",
         path=True,
     )
-    control: str = setting(
-        "", "a run of the same shape and tokens on other text, to compare with", path=True
-    )
+    control: str = setting("", "a run of like shape and tokens on other text, beside it", path=True)
     step: str = setting("best", "which checkpoint is measured: best, latest or a step's number")
     only: Literal["", "perplexity", "tasks", "report"] = setting(
         "", "measure this alone, and anew; report: measure nothing. The report is always written"
     )
     data_dir: str = setting("", "prepared bins; empty: those the run was trained on", path=True)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto",
-        "auto: float16 on CUDA; on a CPU float32 (fewer ties), and for the perplexity bfloat16 "
-        "where it has that",
+    dtype: settings.DTYPE = setting(
+        "auto", "auto: float16 on CUDA; on a CPU float32, for the perplexity bfloat16 if it has it"
     )
     batch_size: int = setting(64, "sequences of answers or tasks taken together", at_least=1)
     generation: bool = setting(True, "measure generated answers", group="Generated answers")
     num_prompts: int = setting(200, "validation prompts, one of a conversation; 0: all", at_least=0)
-    prompts: str = setting(
-        "", "prompts with checks, .jsonl; empty: data/tasks/prompts.jsonl", path=True
-    )
+    prompts: str = setting("", ".jsonl with checks; empty: data/tasks/prompts.jsonl", path=True)
     num_samples: int = setting(
-        4, "samples of each of a set's first 32 prompts, for self-BLEU", at_least=2
+        4, "answers to each of the first 32 prompts, for self-BLEU", at_least=2
     )
     max_new_tokens: int = setting(1024, "longest answer; half the context at most", at_least=1)
     temperature: float = setting(0.8, "of the sampled answers", above=0)
     top_k: int = setting(0, "keep the k likeliest tokens; 0: all", at_least=0)
     top_p: float = setting(
-        0.95, "keep the likeliest tokens up to this much probability", above=0, at_most=1
+        0.95, "keep the likeliest up to this much probability", above=0, at_most=1
     )
     seed: int = setting(42, "of the sampling", **settings.SEED)
     tasks: str = setting(
-        "local",
-        "names with commas between; local: our three; empty: none",
-        group="Zero-shot tasks",
+        "local", "names with commas; local: our three; empty: none", group="Zero-shot tasks"
     )
     limit: int = setting(0, "documents of each task; 0: all", at_least=0)
     chat_format: bool = setting(False, "put the tasks' contexts into a user's turn")
     output_dir: str = setting(
         "", "where the report goes; empty: the first run's folder", group="The report", path=True
     )
-    samples: int = setting(
-        5, "answers shown of each kind: coherent, and each part that failed", at_least=0
-    )
+    samples: int = setting(5, "answers shown of each kind: coherent, each failed part", at_least=0)
 
     def check(self) -> None:
         if len({os.path.realpath(path) for path in self.run}) < len(self.run):

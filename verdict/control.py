@@ -64,21 +64,17 @@ def _bits_and_bytes(
 
 def tasks(run: Run, control: Run) -> Iterator[dict]:
     """Of the tasks that both were scored on, over the same questions."""
-    own, other = _scores(run), _scores(control)
-    for task in own:
-        if own[task] and len(own[task]) == len(other.get(task, ())):
-            rows = np.stack([own[task], other[task], np.ones(len(own[task]))], axis=1)
-            yield difference(run.tasks["zero_shot"][task]["metric"], task, rows)
+    for task, scored in run.tasks.get("zero_shot", {}).items():
+        own, other = (_scores(of, task) for of in (run, control))
+        if own and len(own) == len(other):
+            rows = np.stack([own, other, np.ones(len(own))], axis=1)
+            yield difference(scored["metric"], task, rows)
 
 
-def _scores(run: Run) -> dict[str, list[float]]:
-    """On single questions, by task, of the step that tasks.json is of."""
-    step, scored = run.tasks.get("step"), run.tasks.get("zero_shot", {})
-    return {
-        task: found["scores"]
-        for task, found in run.items.items()
-        if task in scored and found["step"] == step
-    }
+def _scores(run: Run, task: str) -> list[float]:
+    """On single questions; none of a step that tasks.json is not of."""
+    found = run.items.get(task, {"step": None, "scores": []})
+    return found["scores"] if found["step"] == run.tasks.get("step") else []
 
 
 def prompts(run: Run, control: Run) -> Iterator[dict]:
@@ -102,11 +98,11 @@ def _answers(run: Run) -> dict[tuple, dict]:
 
 def unlike(run: Run, control: Run) -> list[str]:
     """In what the two differ beside their text."""
-    facts = []
-    for of in (run, control):
-        model = of.meta.get("identity", {}).get("model", {})
-        facts.append({**model, "tokens": of.train[-1]["tokens"] if of.train else None})
-    own, other = facts
+    own, other = (
+        of.meta.get("identity", {}).get("model", {})
+        | {"tokens": of.train[-1]["tokens"] if of.train else None}
+        for of in (run, control)
+    )
     return [
         f"{name} {own[name]} and {other.get(name)}" for name in own if own[name] != other.get(name)
     ]

@@ -34,16 +34,23 @@ PANELS = {
 
 def draw(found: list[Run], path: Path) -> None:
     """Draw the runs over one another, and replace `path` by the picture."""
+    rows = [["loss", "loss"], ["lr", "grad_norm"], ["loss_scale", "tokens_per_second"]]
     with rc_context(PLAIN):
-        figure = Figure(figsize=(12, 11), layout="constrained")
-        axes = figure.subplot_mosaic(
-            [["loss", "loss"], ["lr", "grad_norm"], ["loss_scale", "tokens_per_second"]],
-            height_ratios=[2.2, 1, 1],
-        )
-        for name, axis in axes.items():
-            _draw_panel(axis, name, found)
-        figure.legend(*_labels(axes["loss"]), fontsize=9, loc="outside upper left", ncols=2)
-        _write(figure, path)
+        _write(_figure(found, (12, 11), rows, height_ratios=[2.2, 1, 1]), path)
+
+
+def _figure(found: list[Run], size: tuple, rows: list[list[str]], **ratios: list) -> Figure:
+    """The panels that `rows` names; a legend above that of the losses."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplot_mosaic(rows, **ratios)
+    for name, axis in axes.items():
+        _draw_panel(axis, name, found)
+    if "loss" in axes:
+        handles, labels = axes["loss"].get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))  # a mark that several runs have
+        place = {"loc": "outside upper left", "ncols": len(rows[0])}
+        figure.legend(list(once.values()), list(once), fontsize=9, **place)
+    return figure
 
 
 def _write(figure: Figure, path: Path) -> None:
@@ -81,11 +88,7 @@ def as_svg(found: list[Run]) -> list[str]:
     lines |= dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), INK)
     with rc_context({**PLAIN, **lines, "svg.fonttype": "none", "legend.framealpha": 0}):
         for name in PANELS:
-            figure = Figure(figsize=(7, 5) if name == "loss" else (5, 3), layout="constrained")
-            axis = figure.subplots()
-            _draw_panel(axis, name, found)
-            if name == "loss":
-                figure.legend(*_labels(axis), fontsize=9, loc="outside upper left")
+            figure = _figure(found, (7, 5) if name == "loss" else (5, 3), [[name]])
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
             svg = text.getvalue()
@@ -111,13 +114,6 @@ def _draw_panel(axis: Axes, name: str, found: list[Run]) -> None:
     axis.grid(alpha=0.3, which="both")
     if name == "tokens_per_second":
         axis.set_ylim(bottom=0)
-
-
-def _labels(axis: Axes) -> tuple[list, list[str]]:
-    """(handles, labels) of a legend; a mark that several runs have comes once."""
-    handles, labels = axis.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    return list(once.values()), list(once)
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:

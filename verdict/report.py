@@ -91,9 +91,9 @@ def headline(judgements: list[Judgement], recipe: list[Run]) -> str:
         if verdict == NOT_MEASURED:
             missing.append(f"{name} {SECOND_SEED if of[0].is_one_seed else 'is not measured'}")
             continue
-        values = [judged.figure for judged in of if judged.figure is not None]
-        ends = (min(values), max(values)) if values else ()  # of a run that diverged there is none
-        ends = [IN_SHORT.get(name, "").format(end) for end in ends]
+        # Of a run that diverged there is none.
+        values = sorted(judged.figure for judged in of if judged.figure is not None)
+        ends = [IN_SHORT.get(name, "").format(end) for end in values[:1] + values[-1:]]
         known.append(" ".join(filter(None, [name, " to ".join(dict.fromkeys(ends)), verdict])))
     if any(run.finished is False for run in recipe):
         missing.append("training is not finished")

@@ -78,24 +78,28 @@ class Run:
 def read(path: str) -> Run:
     """Everything in a run's folder."""
     folder, run = Path(path), Run(path=path.rstrip("/"))
-    run.config = _take(run, folder / "config.json", schemas.CONFIG)
+
+    def take(name: str, schema: dict) -> dict:
+        return _take(run, name, schema, lambda: json.loads((folder / name).read_bytes()))
+
+    run.config = take("config.json", schemas.CONFIG)
     splits = {"train": run.train, "val": run.val, "end": []}
     for record in _read_lines(run, folder / "metrics.jsonl", TRAIN_LINE, VAL_LINE, END_LINE):
         splits[record["split"]].append(record)
         run.device_hours = record.get("device_hours", run.device_hours)
-    best_meta = partial(_best_meta, say=run.notes.append)
-    run.meta = _take(run, folder, schemas.CHECKPOINT, best_meta, "its best checkpoint")
-    run.perplexity = _take(run, folder / "eval_ppl.json", schemas.PERPLEXITY)
+    best = partial(_best_meta, folder, run.notes.append)
+    run.meta = _take(run, "its best checkpoint", schemas.CHECKPOINT, best)
+    run.perplexity = take("eval_ppl.json", schemas.PERPLEXITY)
     for name in {"all", "assistant", *BY} & run.perplexity.keys():
         run.perplexity[name] = _nan_for_null(run.perplexity[name])
-    run.tasks = _take(run, folder / "tasks.json", schemas.TASKS)
-    run.items = _take(run, folder / "task_items.json", schemas.ITEMS)
-    run.control = _take(run, folder / "control.json", schemas.CONTROL)
+    run.tasks = take("tasks.json", schemas.TASKS)
+    run.items = take("task_items.json", schemas.ITEMS)
+    run.control = take("control.json", schemas.CONTROL)
     for name in SAMPLE_FILES:
         if not run.samples:
             run.samples, run.samples_file = _read_lines(run, folder / name, SAMPLE), name
     if data_dir := run.settings.get("data_dir"):
-        run.data = _take(run, Path(data_dir), schemas.DATA, _data_meta, "its data")
+        run.data = _take(run, "its data", schemas.DATA, partial(bins.read_meta, data_dir))
     if not any((run.config, run.train, run.meta, run.perplexity, run.tasks, run.samples)):
         checkpoint.refuse_nanogpt(folder)
         raise UserError(f"{path!r} holds nothing of a run; wanted what train.py writes to out_dir")
@@ -112,14 +116,6 @@ def _nan_for_null(value: object) -> object:
     return math.nan if value is None else value
 
 
-def _read_json(path: Path) -> object:
-    return json.loads(path.read_bytes())
-
-
-def _data_meta(folder: Path) -> dict:
-    return bins.read_meta(str(folder))
-
-
 def _best_meta(folder: Path, say: Callable[[str], None]) -> dict:
     saved = [checkpoint.folder(folder, step) for step in checkpoint.steps(folder)]
     if not saved:
@@ -127,12 +123,10 @@ def _best_meta(folder: Path, say: Callable[[str], None]) -> dict:
     return checkpoint.read_meta(checkpoint.best(folder, say) or saved[-1])
 
 
-def _take(
-    run: Run, path: Path, schema: dict, read: Callable[[Path], object] = _read_json, name: str = ""
-) -> dict:
-    """What `read` finds at a path, {} where there is none; what does not fit is noted."""
+def _take(run: Run, name: str, schema: dict, read: Callable[[], object]) -> dict:
+    """What `read` finds, {} where there is none; what does not fit is noted by its name."""
     try:
-        content = read(path)
+        content = read()
         why = misfit(content, schema)
     except FileNotFoundError:
         return {}
@@ -141,7 +135,7 @@ def _take(
     except (OSError, ValueError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
     if why:
-        run.notes.append(f"{run.path}: {name or path.name} is left out: {why}")
+        run.notes.append(f"{run.path}: {name} is left out: {why}")
         return {}
     return content
 

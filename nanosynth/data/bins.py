@@ -73,7 +73,7 @@ class BinWriter:
         """
         meta = _our_meta(self.data_dir)
         if not meta and not any((self.data_dir / f"{split}_mask.bin").exists() for split in SPLITS):
-            for name in ("meta.json", *BINS):
+            for name in ("meta.json", *BINS, *LABELS):
                 if os.path.lexists(path := self.data_dir / name):
                     raise UserError(f"{path} is not of prepare.py; name another --data_dir")
         picture = self.data_dir / PICTURE

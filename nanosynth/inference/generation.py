@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import GPT, KVCache
-from nanosynth import tokenizer
+from nanosynth import UserError, tokenizer
 
 # A trained model's likeliest 1,024 tokens nearly always hold top_p of the probability, and are
 # found in an eighth of the time that sorting the whole vocabulary takes.
@@ -55,7 +55,7 @@ def pick(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     thresholds = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, thresholds, right=True)
     # A uniform just below 1 rounds to 1 in float32, which would be one past the last kept token.
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    last = (probabilities > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1
     return ids.gather(1, torch.minimum(places, last)).squeeze(1)
 
 
@@ -87,7 +87,7 @@ def stream(
     """Step by step, the next id of each prompt's continuation; None once a stop id has been given.
 
     Row b is answer numbers[b] of the seed: it draws from a stream of its own, whatever stands
-    beside it. A prompt may have `sampling.room` tokens.
+    beside it. A prompt may have `sampling.room` tokens. UserError where a logit is not finite.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -107,7 +107,11 @@ def stream(
     finished = [False] * len(prompts)
     for n_new in range(1, max_new_tokens + 1):
         next_ids = pick(logits, uniforms[n_new - 1], sampling)
-        values = next_ids.tolist()
+        is_finite = logits.sum(dim=-1, dtype=torch.float32).isfinite()
+        values = torch.where(is_finite, next_ids, -1).tolist()  # one transfer tells of both
+        if -1 in values:
+            mend = "take an older --step, or --dtype=float32"
+            raise UserError(f"the model's logits are not finite: it diverged; {mend}")
         yield [None if done else id for id, done in zip(values, finished, strict=True)]
         # <|im_end|> ends an answer, <|endoftext|> a plain text. A finished row goes on, unread,
         # until the longest is done.

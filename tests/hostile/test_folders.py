@@ -257,6 +257,24 @@ def test_weights_that_are_not_finite(place, capfd):
     assert not complaints("train", given, capfd, place)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logits_that_are_not_finite(place, temperature, capfd):
+    """Of weights that are: their products overflow."""
+    path = checkpoint.best(place / "run")
+    save_anew(path, lambda tensors, _: tensors["lm_head.weight"].mul_(1e38))
+    given = [*READ_A_RUN["sample"], f"--temperature={temperature}", "--dtype=float32"]
+    assert not complaints("sample", given, capfd, place)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "val.bin", "train_sources.bin", "stats.png"])
+def test_what_prepare_has_not_written_stays(place, name, capfd):
+    (place / "mine").mkdir()
+    (place / "mine" / name).write_text("mine")
+    (place / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    given = ["--source=rows.jsonl", "--data_dir=mine"]
+    assert not complaints("prepare", given, capfd, place)
+
+
 def test_a_read_only_run_is_not_measured(place, monkeypatch, capfd):
     """Said before the work, also to root, whom no mode stops."""
     intact = Path.touch

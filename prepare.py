@@ -317,7 +317,7 @@ def check_usable(
     found = f"columns found: {', '.join([*columns][:20]) or 'none'}"
     if missing := conversations.named(source.reading.columns) - columns.keys():
         raise UserError(f"--columns={config.columns}: no row has {', '.join(missing)}; {found}")
-    if config.split and not source.has_splits:
+    if config.split and not any(part.has_splits for part in source.parts):
         config.refuse("split", "no source has several")
     if not tally.n_tokens:
         reasons = ", ".join(f"{reason}: {n}" for reason, n in tally.dropped.most_common())

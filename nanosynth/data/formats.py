@@ -109,10 +109,6 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     return io.BufferedReader(stream, HEAD_BYTES)
 
 
-def _is_compressed(file: BinaryIO) -> bool:
-    return not isinstance(file.raw, io.FileIO)
-
-
 def _json_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     head = file.peek(HEAD_BYTES)[:HEAD_BYTES].decode("utf-8", "surrogateescape")
     form = json_array.form_of(head)
@@ -120,20 +116,8 @@ def _json_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     if form == "lines" and (first == "{" or kind_of(part.path) != ".json"):
         return _unwrapped(_lines(file, part), part)
     if form == "values":
-        return _unwrapped(_values(json_array.values(file), file, part), part)
-    return _values(json_array.items(file), file, part)
-
-
-def _values(found: Iterator[object], file: BinaryIO, part: Part) -> Iterator[object]:
-    n_rows = 0
-    try:
-        for row in found:
-            n_rows += 1
-            yield row
-    except json_array.BrokenJson as error:
-        of = "the decompressed text" if _is_compressed(file) else part.size
-        where = f"after {n_rows} rows, near byte {error.offset} of {of}"
-        raise UserError(f"{part.path}: broken JSON {where}: {error}") from None
+        return _unwrapped(json_array.values(file, part.path), part)
+    return json_array.items(file, part.path)
 
 
 def _lines(file: BinaryIO, part: Part) -> Iterator[object]:
@@ -222,7 +206,7 @@ def _parquet_rows(file: BinaryIO, part: Part) -> Iterator[object]:
     import pyarrow.parquet
 
     with tempfile.TemporaryFile() as copy:
-        if _is_compressed(file):  # it is read from its end
+        if not isinstance(file.raw, io.FileIO):  # a compressed one: it is read from its end
             shutil.copyfileobj(file, copy, HEAD_BYTES)
             file = copy
         try:

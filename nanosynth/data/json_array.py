@@ -9,7 +9,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
+
+from nanosynth import UserError
 
 BLOCK_BYTES = 1 << 16  # read at once; a window in the cache parses faster than one of 1 MB
 # Where a window ends within an item, the parser complains at most so many characters before its
@@ -20,17 +23,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _decode = json.JSONDecoder(parse_int=float).raw_decode
 
 
-class BrokenJson(ValueError):
-    """Not the JSON that was wanted: what is wrong, and the byte where."""
+def items(file: BinaryIO, path: Path) -> Iterator[object]:
+    """The items of the array in `file`. Bytes that are not UTF-8 come as lone surrogates.
 
-    def __init__(self, message: str, offset: int):
-        super().__init__(message)
-        self.offset = offset
-
-
-def items(file: BinaryIO) -> Iterator[object]:
-    """The items of the array in `file`. Bytes that are not UTF-8 come as lone surrogates."""
-    window = _Window(file)
+    What is not the JSON that was wanted raises a UserError with its place.
+    """
+    window = _Window(file, path)
     if window.mark() != "[":
         raise window.broken("wanted an array of rows")
     window.at += 1
@@ -48,9 +46,9 @@ def items(file: BinaryIO) -> Iterator[object]:
         raise window.broken("text after the array's end")
 
 
-def values(file: BinaryIO) -> Iterator[object]:
+def values(file: BinaryIO, path: Path) -> Iterator[object]:
     """The values that follow one another in `file`, each with as many lines as it likes."""
-    window = _Window(file)
+    window = _Window(file, path)
     while window.mark():
         yield window.value()
 
@@ -85,8 +83,9 @@ def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
 class _Window:
     """The part of the text that was read and not yet taken; `at` is the place in it."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path = file, path
+        self._n_values = 0  # taken so far
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._n_bytes = 0  # read so far
         self._is_whole = False  # all was read
@@ -125,10 +124,12 @@ class _Window:
             else:
                 if self._is_whole or len(self._text) - end >= _CUT_CHARACTERS:
                     self.at = end
+                    self._n_values += 1
                     return value
             self.more()  # also for '12', which may go on
 
-    def broken(self, message: str) -> BrokenJson:
+    def broken(self, message: str) -> UserError:
         left = self._text[self.at :].encode("utf-8", "surrogateescape")
-        pending = self._decoder.getstate()[0]
-        return BrokenJson(message, self._n_bytes - len(left) - len(pending))
+        offset = self._n_bytes - len(left) - len(self._decoder.getstate()[0])
+        where = f"after {self._n_values} rows, near byte {offset} of its text"
+        return UserError(f"{self._path}: broken JSON {where}: {message}")

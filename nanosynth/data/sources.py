@@ -48,9 +48,6 @@ class Source:
     n_rows: int = field(default=0, init=False)  # of all parts
 
     def __post_init__(self):
-        self.part = self.parts[0]
-        for number, part in enumerate(self.parts):
-            part.number = number
         files = [part.path is not None for part in self.parts]
         self.unit = "B" if all(files) else "rows"
         sizes = [part.size for part in self.parts]
@@ -79,10 +76,6 @@ class Source:
         return sum((part.unread for part in self.parts), Counter())
 
     @property
-    def has_splits(self) -> bool:
-        return any(part.has_splits for part in self.parts)
-
-    @property
     def identity(self) -> dict:
         """For meta.json. One part's keys stand alone, too, as `source` and what names it."""
         identities = [part.identity for part in self.parts]
@@ -102,10 +95,8 @@ def open_sources(
         except OSError as error:
             raise UserError(f"--source={name}: cannot be read: {error}") from None
         for part in found:
-            part.source = number
-        parts += found
-    if not parts:
-        raise UserError("no source; wanted --source=FILE, a folder or a hub id")
+            part.source, part.number = number, len(parts)
+            parts.append(part)
     return Source(parts, reading, left_out)
 
 

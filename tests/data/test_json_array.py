@@ -1,11 +1,14 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from nanosynth import UserError
 from nanosynth.data import json_array
 
+PATH = Path("rows.json")
 ARRAY = [
     {"a": [1, -2.5e3, 'x\u00e9\U0001f642 \\ " ]', None, True], "b": {}},
     12345,
@@ -23,7 +26,7 @@ ARRAY = [
 def test_an_array_is_read_whatever_the_blocks(monkeypatch, indent, is_ascii, block):
     monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
     text = json.dumps(ARRAY, indent=indent, ensure_ascii=is_ascii)
-    assert list(json_array.items(io.BytesIO(text.encode()))) == ARRAY
+    assert list(json_array.items(io.BytesIO(text.encode()), PATH)) == ARRAY
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,5 @@ def test_broken_arrays_say_where(monkeypatch, content, message, offset, block):
     if block == 1 and len(content) > 1000:
         pytest.skip("no window of one byte for a long item")
     monkeypatch.setattr(json_array, "BLOCK_BYTES", block)
-    with pytest.raises(json_array.BrokenJson, match=re.escape(message)) as error:
-        list(json_array.items(io.BytesIO(content)))
-    assert error.value.offset == offset
+    with pytest.raises(UserError, match=f"near byte {offset} of its text: {re.escape(message)}"):
+        list(json_array.items(io.BytesIO(content), PATH))

@@ -136,7 +136,7 @@ def prepare(config: PrepareConfig) -> dict:
             documents = tally.documents()
             split_by = splits.assign(documents, config.val_fraction)
             chosen, weighted = choose(documents, config, source, tally)
-        kept = documents[chosen]
+        kept = documents[chosen] if config.weights else documents  # not a copy of them all
         check_usable(source, kept, tally, config)
         labels = np.stack([documents[use] for use in tally.names], axis=1)
         writer.shuffle(config.seed, documents["split"], chosen, labels)

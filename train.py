@@ -268,7 +268,11 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: ThreadPoolE
     config, world = run.config, run.world
     is_owed = False  # a save that trouble has put off
     saving = saver.submit(bool, True)  # the last save: whether its checkpoint is there
-    look_at_two_batches(run, log)
+    # A broken evaluation shows in the first minute, not at the first interval.
+    n_rows = min(run.n_eval_rows, 2 * run.order.micro_batch_size * world.size)
+    loss = evaluate(run, n_rows)
+    log.say(f"step {run.first_step:>6}: validation loss of two batches {loss:.4f}")
+    log.restart_clock()
     for step in range(run.first_step, run.max_steps + 1):
         # A rank that waits for another one for ever can't be told by itself: a clock tells it.
         distributed.expect_progress(config.hang_seconds)
@@ -348,7 +352,10 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     n_micro_steps = run.order.micro_batches_per_step // world.size  # of this rank
     loss = torch.zeros((), device=world.device)  # for the log and the guard; not what is derived
     for micro_step, (number, batch) in enumerate(batches):
-        torch.manual_seed(dropout_seed(config.seed, number))
+        # Dropout belongs to the micro-batch, not to the process: a resumed run and any number of
+        # ranks draw the same masks.
+        seeds = np.random.SeedSequence([config.seed, number])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         # Gradients add up in .grad over the micro-batches, and travel with the last one's alone.
         with contextlib.ExitStack() as contexts:
             if world.size > 1 and micro_step < n_micro_steps - 1:
@@ -378,13 +385,6 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)  # freed, not filled: the next backward writes anew
     return torch.stack([loss, grad_norm, loss_scale, run.guard.n_skipped])
-
-
-def dropout_seed(seed: int, number: int) -> int:
-    """Dropout belongs to the micro-batch, not to the process: a resumed run and any number of ranks
-    draw the same masks.
-    """
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 def micro_batches(run: Run, step: int) -> Iterator[tuple[int, bins.Batch]]:
@@ -420,16 +420,6 @@ def evaluate(run: Run, n_rows: int) -> float:
     run.raw_model.train()
     loss_sum, n_targets = world.sum(totals).tolist()  # a collective
     return loss_sum / n_targets if n_targets else math.nan
-
-
-def look_at_two_batches(run: Run, log: RunLog) -> None:
-    """Evaluate a little: a broken evaluation shows in the first minute, not at the first interval.
-    Call on every rank.
-    """
-    n_rows = min(run.n_eval_rows, 2 * run.order.micro_batch_size * run.world.size)
-    loss = evaluate(run, n_rows)
-    log.say(f"step {run.first_step:>6}: validation loss of two batches {loss:.4f}")
-    log.restart_clock()
 
 
 def save(

@@ -359,12 +359,10 @@ def commit(folder: Path) -> str | None:
 
     None where there is no git or no checkout: that is no error.
     """
-    git = ["git", "--no-optional-locks", "-C", str(folder), "describe"]
-    describe = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty"]
+    command += ["--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            [*git, *describe], capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None

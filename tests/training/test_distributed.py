@@ -117,36 +117,6 @@ def test_uneven_accumulation_is_refused_by_all_ranks(tiny_bins, tmp_path):
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_run_saves_and_goes_on(tiny_bins, tmp_path, number):
-    out_dir = tmp_path / "run"
-    settings = {
-        **RUN,
-        "max_steps": 2000,
-        "log_interval": 1,
-        "data_dir": tiny_bins,
-        "out_dir": out_dir,
-    }
-    settings |= {"eval_interval": 10_000, "save_interval": 10_000}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags(**settings)],
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step      1/"):
-            break
-    process.send_signal(number)
-    said = process.stdout.read()
-    assert process.wait(timeout=60) == 0
-    (stopped_at,) = checkpoint.steps(out_dir)
-    assert 2 <= stopped_at < 2000 and f"stopped by a signal at step {stopped_at}" in said
-    checkpoint.verify(checkpoint.folder(out_dir, stopped_at))
-    assert len(losses(read_metrics(out_dir))) == stopped_at
-
-
 def torchrun_lines(path) -> list[list[str]]:
     """What follows torchrun in each command of a file."""
     text = re.sub(r"\\\n", " ", path.read_text())

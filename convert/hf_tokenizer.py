@@ -21,7 +21,8 @@ MARKS = {tokenizer.IM_START: IM_START, tokenizer.IM_END: IM_END}
 SAMPLE = " It's  the\n\n\tcafe\u0301 of 1,234 naïve日本語 words: 'x' \n"
 # Equal to tokenizer.prompt_ids where a prompt is asked for, else to tokenizer.encode_conversations.
 # What stands between the marks of a generation has mask 1, for trainers that learn answers alone.
-# A content may be a list of parts; a part that is no text is refused, not left out.
+# A content may be a list of parts; a part that is no text is refused, not left out, and a text of
+# None is ''.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -30,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% for part in content if part['type'] != 'text' %}"
     "{{ raise_exception('wanted text, found a part of type ' + part['type']) }}"
     "{% endfor %}"
-    "{% set content = content | map(attribute='text') | join %}"
+    "{% set content = content | map(attribute='text') | select | join %}"
     "{% endif %}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"

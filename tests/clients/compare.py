@@ -45,8 +45,9 @@ N_ROWS, N_QUESTIONS, MAX_NEW_TOKENS = 20, 8, 12
 TEXT = """# What other programs make of a run
 
 Written by `make clients` (`python tests/clients/compare.py`); nothing in it is typed by
-hand. {run}, exported by `python -m convert.hf`, went through each client in
-its own environment (`tests/clients/requirements*.txt`), in float32. {when}
+hand. {run}, of {parameters:,} parameters, exported by `python -m convert.hf`,
+went through each client in its own environment (`tests/clients/requirements*.txt`), in float32.
+{when}
 
 - greedy answers: to {questions} held-out questions, from the messages to the last token, of up to
   {tokens} tokens;
@@ -58,6 +59,8 @@ its own environment (`tests/clients/requirements*.txt`), in float32. {when}
   then takes a step with them; its perplexity is of what that made, brought back for ours.
 
 {table}
+
+{summary}
 
 {remarks}
 """
@@ -186,6 +189,23 @@ def row(name: str, found: dict, ours: dict) -> list[str]:
     ]
 
 
+def summary(rows: list[list[str]]) -> str:
+    """What the table's rows, but for its head, come to."""
+
+    def total(column: int) -> str:
+        counts = [row[column].split(" of ") for row in rows if " of " in row[column]]
+        equal, asked = (sum(map(int, numbers)) for numbers in zip(*counts, strict=True))
+        return f"{equal} of {asked}"
+
+    failed = [row[0] for row in rows if row[1].startswith("FAILED")]
+    apart = max(abs(float(row[4]) / float(row[5]) - 1) for row in rows if row[0] not in failed)
+    return (
+        f"In all, {total(2)} greedy answers, {total(3)} prompts, and {total(7)} ids and masks\n"
+        f"are ours; the perplexities are within {apart:.1e} of ours, relatively. "
+        f"{'No client' if not failed else ', '.join(failed)} failed."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default="out/demo")
@@ -211,6 +231,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     text = TEXT.format(
         run=path,
+        parameters=model.n_parameters(),
         when=f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}.",
         questions=len(asked["questions"]),
@@ -219,6 +240,7 @@ def main() -> None:
         rows=len(asked["rows"]),
         stops=", ".join(map(str, asked["ours"]["stops"])),
         table=table(rows, left=(0, 1, 6), markdown=True),
+        summary=summary(rows[1:]),
         remarks=KNOWN,
     )
     (REPO / "benchmarks/CLIENTS.md").write_text(text)

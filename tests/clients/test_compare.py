@@ -27,8 +27,11 @@ def test_a_row_counts_what_is_equal():
     other = {"version": "2", "greedy": [[1, 2], [4]], "answered": [[5, 6], [7]], "ours": 4.0}
     found = compare.row("them", other | {"masks": [[1, 1], [1]], "perplexity": 3.0}, OURS)
     assert found == ["them", "2", "1 of 2", "-", "3.000000", "4.000000", "-", "1 of 2"]
-    failed = compare.row("them", {"failed": "no module"}, OURS)
-    assert failed == ["them", "FAILED: no module", *["-"] * 6]
+    failed = compare.row("who", {"failed": "no module"}, OURS)
+    assert failed == ["who", "FAILED: no module", *["-"] * 6]
+    said = " ".join(compare.summary([same, found, failed]).split())
+    assert said.startswith("In all, 3 of 4 greedy answers, 1 of 1 prompts, and 3 of 4 ids and")
+    assert said.endswith("are within 2.5e-01 of ours, relatively. who failed.")
 
 
 def test_a_client_that_cannot_be_installed_is_said(tmp_path, monkeypatch):

@@ -233,6 +233,7 @@ def test_the_template_takes_parts_and_no_content(exported):
 
     parts = [{"type": "text", "text": "12"}, {"type": "text", "text": "3 \n"}]
     assert ids(parts) == ids("123 \n") and ids(parts[:1]) == ids("12")
+    assert ids([*parts, {"type": "text", "text": None}]) == ids("123 \n")
     assert ids(None) == ids([]) == ids("") == encoded([("user", "Hi"), ("assistant", "")])[0][0]
     with pytest.raises(jinja2.TemplateError, match="wanted text, found a part of type image"):
         ids([*parts, {"type": "image", "url": "x.png"}])

@@ -46,19 +46,12 @@ print(ask([{{"role": "user", "content": "What is 7 + 5?"}}]))
 - llama.cpp merges newlines that open a message with the one before them, which training did not.
 """
 RECIPE = (
-    *("rows_per_step", "block_size", "max_steps", "epochs", "optimizer", "learning_rate"),
+    *("step", "rows_per_step", "block_size", "max_steps", "epochs", "optimizer", "learning_rate"),
     *("min_learning_rate", "warmup_steps", "decay", "weight_decay", "beta1", "beta2", "grad_clip"),
     *("dropout", "loss_on", "seed", "init_from"),
 )
 DATA = (
-    "source",
-    "folder",
-    "revision",
-    "commit",
-    "sha256",
-    "rows_read",
-    "rows_kept",
-    "template",
+    *("source", "folder", "revision", "commit", "sha256", "rows_read", "rows_kept", "template"),
     "seed",
 )
 
@@ -79,7 +72,7 @@ def write(folder: Path, path: Path, meta: dict, license: str, license_file: str)
         shape=f"{shape['n_layer']} layers, {shape['n_head']} heads and {shape['n_embd']} channels",
         data=_rows(_data(settings.get("data_dir", "")) | meta.get("source", {}), DATA)
         or "Not known here.",
-        recipe=_rows(settings | {"step": meta["step"]}, ("step", *RECIPE)),
+        recipe=_rows(settings | {"step": meta["step"]}, RECIPE),
         figures=_figures(path),
         block_size=shape["block_size"],
     )

@@ -7,7 +7,6 @@ Usage:
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -31,10 +30,8 @@ class HFConfig(settings.Settings):
     def check(self) -> None:
         if bool(self.run) == bool(self.source):
             raise UserError("wanted one of --run=RUN (to export it) and --source=FOLDER (to bring)")
-        if self.source and self.step != "best":
-            self.refuse("step", "it goes with --run; --source has one set of weights")
-        for name in ("license", "license_file"):
-            if self.source and getattr(self, name):
+        for name, default in {"step": "best", "license": "", "license_file": ""}.items():
+            if self.source and getattr(self, name) != default:
                 self.refuse(name, "it goes with --run")
         if not self.to:
             raise UserError("wanted --to=FOLDER, a new one")
@@ -53,9 +50,8 @@ from transformers.modeling_utils import load_state_dict
 
 from convert import card, hf_tokenizer, runs
 from convert.hf_tokenizer import read_json
-from convert.runs import HEAD, WTE, one_line
+from convert.runs import HEAD, WTE
 from nanosynth import checkpoint, tokenizer
-from nanosynth.files import new_folder
 from nanosynth.inference.load import restored
 from sample import SampleConfig
 
@@ -176,10 +172,10 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
         "bias": True,
         "activation": ACTIVATIONS[config.activation_function],
     }
-    files = weight_files(source)
-    tensors = runs.fit(from_hf(read_tensors(files)), shape, str(source), "config.json")
     tokenizer_file, chat_rows = hf_tokenizer.check(source, config.vocab_size)
-    tensors[WTE] = tensors[HEAD] = runs.lay_out(tensors[WTE], chat_rows)
+    files = weight_files(source)
+    tensors = from_hf(read_tensors(files))
+    tensors = runs.as_ours(tensors, shape, chat_rows, str(source), "config.json")
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     origin = {"folder": str(source), "sha256": hashes}
     n_parameters = runs.write(folder, name, shape, tensors, origin)
@@ -199,10 +195,8 @@ def read_config(path: Path) -> GPT2Config:
     if "n_ctx" in content and not {"n_positions", "max_position_embeddings"} & content.keys():
         content["n_positions"] = content["n_ctx"]
     read = {name: content[name] for name in READ if name in content}
-    try:
+    with runs.reading(path, "is refused by transformers"):  # a value of a wrong type
         config = GPT2Config(**read)
-    except Exception as error:  # a value of a wrong type; the class is huggingface_hub's
-        raise UserError(f"{path} is refused by transformers: {one_line(str(error))}") from None
     own = {"activation_function": tuple(ACTIVATIONS), "n_inner": (None, 4 * config.n_embd)}
     for name, values in {**OURS, **own}.items():
         if (value := getattr(config, name)) not in values:
@@ -234,14 +228,10 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     """The tensors of `weight_files`, on the CPU. A pickle is read without running code of it."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
+        with runs.reading(file):
             found = load_state_dict(file, weights_only=True)
             twice = tensors.keys() & found.keys()
             tensors |= found
-        except Exception as error:  # of many classes, each library has its own
-            reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
-            wrong = one_line(f"{type(error).__name__}: {reason}")
-            raise UserError(f"{file} cannot be read: {wrong}") from None
         if twice:
             raise UserError(f"{file} has {min(twice)}, and another file of the folder has it too")
     return tensors
@@ -264,14 +254,11 @@ def from_hf(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(config: HFConfig) -> None:
-    try:
-        with new_folder(Path(os.path.abspath(config.to))) as folder:
-            if config.run:
-                said = export_run(config, folder)
-            else:
-                said = bring_model(Path(config.source), folder, config.to)
-    except OSError as error:
-        raise UserError(f"--to={config.to} is not written: {error}") from None
+    with runs.new_folder(config.to) as folder:
+        if config.run:
+            said = export_run(config, folder)
+        else:
+            said = bring_model(Path(config.source), folder, config.to)
     print(f"{said}\nwritten to {config.to}")
 
 

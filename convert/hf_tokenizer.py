@@ -114,31 +114,33 @@ def check(folder: Path, n_rows: int) -> tuple[str, dict[int, int]]:
     mark that it has. Other tokens are refused, but for those that stand in no text: pad and unk.
     """
     ours, theirs = gpt2_bpe(), None
-    described = _read_if_there(config := folder / "tokenizer_config.json")
-    special = described | _read_if_there(folder / "special_tokens_map.json")
+    described = read_json(config := folder / "tokenizer_config.json", {})
+    special = described | read_json(folder / "special_tokens_map.json", {})
     if (path := folder / "tokenizer.json").is_file():
-        theirs = _from_file(path)
+        with runs.reading(path):
+            theirs = Tokenizer.from_file(str(path))
+        theirs.no_padding()
+        theirs.no_truncation()
         found, merges = theirs.get_vocab(), _merges_of(theirs)
     elif (path := folder / "vocab.json").is_file():
-        found = read_json(path) | _read_if_there(folder / "added_tokens.json")
+        found = read_json(path) | read_json(folder / "added_tokens.json", {})
         merges = _read_merges(folder / "merges.txt")
     else:
         _check_absent(folder, described, n_rows)
         return "", runs.same_rows(n_rows)
-    try:
+    with runs.reading(config, "is not as transformers writes it"):
         added = described.get("added_tokens_decoder", {})
         found |= {_text_of(token): int(id) for id, token in added.items()}
-        unused = {_text_of(special.get(role)) for role in ("pad_token", "unk_token")}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{config} is not as transformers writes it: {error}") from None
-    chat_rows = {
-        id: found.pop(text) for id, text in MARKS.items() if found.get(text, n_rows) < n_rows
-    }
+        chat_rows = {
+            id: found.pop(text) for id, text in MARKS.items() if found.get(text, n_rows) < n_rows
+        }
+        for role in ("pad_token", "unk_token"):
+            if found.get(text := _text_of(special.get(role)), 0) >= runs.N_BPE:
+                del found[text]
     wanted = {token: id for token, id in ours.get_vocab().items() if id < tokenizer.END_OF_TEXT}
     absent = wanted.keys() - found.keys()
     wanted[END_OF_TEXT] = tokenizer.END_OF_TEXT
-    wrong = [token for token in found if found[token] != wanted.get(token) and token not in unused]
-    if wrong := wrong or sorted(absent):
+    if wrong := [token for token in found if found[token] != wanted.get(token)] or sorted(absent):
         first = f"{wrong[0]!r} is id {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}"
         raise UserError(f"{path} is not GPT-2's tokenizer in {len(wrong):,} tokens: {first}")
     if merges and merges != _merges_of(ours):
@@ -148,22 +150,10 @@ def check(folder: Path, n_rows: int) -> tuple[str, dict[int, int]]:
     return path.name, chat_rows
 
 
-def _from_file(path: Path) -> Tokenizer:
-    try:
-        found = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no class of its own
-        raise UserError(f"{path} cannot be read: {error}") from None
-    found.no_padding()
-    found.no_truncation()
-    return found
-
-
 def _read_merges(path: Path) -> list[list[str]]:
     """Without the file none are known; the ids of the tokens, which are checked, tell them too."""
-    try:
+    with runs.reading(path):
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     return [line.split(" ") for line in lines if line and not line.startswith("#version")]
 
 
@@ -184,17 +174,13 @@ def _text_of(token: str | dict | None) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_if_there(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
-
-
 def _merges_of(bpe: Tokenizer) -> list | None:
     return json.loads(bpe.to_str())["model"].get("merges")
 
 
-def read_json(path: Path) -> dict:
-    """The object of a JSON file that a user brings."""
-    try:
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The object of a JSON file that a user brings; the default where there is none."""
+    if default is not None and not path.is_file():
+        return default
+    with runs.reading(path):
         return {**json.loads(path.read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None

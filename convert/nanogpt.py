@@ -5,7 +5,6 @@ Usage:
 """
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,7 @@ if __name__ == "__main__":
 import torch
 
 from convert import runs
-from convert.runs import HEAD, WTE
 from nanosynth import tokenizer
-from nanosynth.files import new_folder
 
 MASK = re.compile(r"\.attn\.bias$")  # the causal mask, kept where torch had no flash attention
 ROWS = (runs.N_BPE, tokenizer.VOCAB_SIZE)  # GPT-2's tokens, and padded
@@ -49,13 +46,11 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
         for key, tensor in found["model"].items()
         if not MASK.search(str(key))
     }
-    tensors = runs.fit(tensors, shape, str(source), "model_args")
-    embedding = runs.lay_out(tensors[WTE], runs.same_rows(shape["vocab_size"]))
-    tensors |= dict.fromkeys((WTE, HEAD), embedding)
+    chat_rows = runs.same_rows(shape["vocab_size"])
+    tensors = runs.as_ours(tensors, shape, chat_rows, str(source), "model_args")
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    steps = found.get("iter_num")
-    steps = steps if isinstance(steps, int) else None
+    steps = found["iter_num"] if isinstance(found.get("iter_num"), int) else None
     origin = {"folder": str(source), "sha256": digest, "steps": steps}
     n_parameters = runs.write(folder, name, shape, tensors, origin)
     after = "" if steps is None else f" after {steps} steps of nanoGPT"
@@ -64,14 +59,10 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
 
 def read_checkpoint(source: Path) -> dict:
     """What nanoGPT saves, on the CPU. It is read without running code of it."""
-    try:
+    with runs.reading(source, "is not read as a ckpt.pt of nanoGPT"):
         found = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(found.get(key), dict) for key in ("model", "model_args")):
             raise TypeError(f"it has {', '.join(map(str, found))}; wanted model and model_args")
-    except Exception as error:  # of many classes
-        reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
-        wrong = runs.one_line(f"{type(error).__name__}: {reason}")
-        raise UserError(f"{source} is not read as a ckpt.pt of nanoGPT: {wrong}") from None
     return found
 
 
@@ -88,11 +79,8 @@ def read_shape(source: Path, arguments: dict) -> dict:
 
 
 def main(config: NanoGPTConfig) -> None:
-    try:
-        with new_folder(Path(os.path.abspath(config.to))) as folder:
-            said = bring_model(Path(config.source), folder, config.to)
-    except OSError as error:
-        raise UserError(f"--to={config.to} is not written: {error}") from None
+    with runs.new_folder(config.to) as folder:
+        said = bring_model(Path(config.source), folder, config.to)
     print(f"{said}\nwritten to {config.to}")
 
 

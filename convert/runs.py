@@ -1,14 +1,17 @@
 """A model from elsewhere as a run of one checkpoint, its embedding laid out as ours."""
 
+import contextlib
 import json
-import textwrap
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanosynth import UserError, checkpoint, tokenizer
+from nanosynth import UserError, checkpoint, files, tokenizer
+from nanosynth.terminal import one_line
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -16,10 +19,33 @@ N_BPE = tokenizer.END_OF_TEXT + 1  # tokens of GPT-2
 MOST_ROWS = 50_432  # N_BPE padded to a multiple of 128, and some added tokens
 
 
-def fit(tensors: dict[str, Tensor], shape: dict, place: str, described: str) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def new_folder(to: str) -> Iterator[Path]:
+    """`files.new_folder` of the flag --to."""
+    try:
+        with files.new_folder(Path(os.path.abspath(to))) as folder:
+            yield folder
+    except OSError as error:
+        raise UserError(f"--to={to} is not written: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(path: Path, said: str = "cannot be read") -> Iterator[None]:
+    """What goes wrong while a file that a user brings is read, in one line."""
+    try:
+        yield
+    except Exception as error:  # of many classes, each library has its own
+        reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
+        wrong = one_line(f"{type(error).__name__}: {reason}")[:300]
+        raise UserError(f"{path} {said}: {wrong}") from None
+
+
+def as_ours(
+    tensors: dict[str, Tensor], shape: dict, chat_rows: dict[int, int], place: str, described: str
+) -> dict[str, Tensor]:
     """The tensors of a GPTConfig's `shape`, in float32 and our order: each in its own shape, and
     none more. Integers, which are quantised, and what is not finite are refused. `described` names
-    what of `place` tells the shape.
+    what of `place` tells the shape; `chat_rows` as in `lay_out`.
     """
     check_shape(shape, place)
     for name, tensor in tensors.items():
@@ -42,10 +68,11 @@ def fit(tensors: dict[str, Tensor], shape: dict, place: str, described: str) -> 
             model = GPT(GPTConfig(**shape))
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # its text says which are absent, too many or of another shape
-        wrong = one_line(str(error).removeprefix("Error(s) in loading state_dict for GPT:"))
+        wrong = one_line(str(error).removeprefix("Error(s) in loading state_dict for GPT:"))[:300]
         raise UserError(f"{place} has not the tensors of its {described}: {wrong}") from None
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"{place} has {HEAD} apart from {WTE}; our GPT-2 ties the two")
+    tensors[WTE] = tensors[HEAD] = lay_out(tensors[WTE], chat_rows)
     return {name: tensors[name] for name in model.state_dict()}
 
 
@@ -100,7 +127,3 @@ def write(folder: Path, name: str, shape: dict, tensors: dict[str, Tensor], sour
     facts |= {"parameters": n_parameters, "max_steps": 0}
     (folder / "config.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return n_parameters
-
-
-def one_line(text: str) -> str:
-    return textwrap.shorten(text, 300, placeholder=" ...")

@@ -45,9 +45,9 @@ N_ROWS, N_QUESTIONS, MAX_NEW_TOKENS = 20, 8, 12
 TEXT = """# What other programs make of a run
 
 Written by `make clients` (`python tests/clients/compare.py`); nothing in it is typed by
-hand. {run}, of {parameters:,} parameters, exported by `python -m convert.hf`,
-went through each client in its own environment (`tests/clients/requirements*.txt`), in float32.
-{when}
+hand. {run}, a GPT of {n_layer} layers and {n_embd} channels,
+exported by `python -m convert.hf`, went through each client in its own environment
+(`tests/clients/requirements*.txt`), in float32. {when}
 
 - greedy answers: to {questions} held-out questions, from the messages to the last token, of up to
   {tokens} tokens;
@@ -231,7 +231,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     text = TEXT.format(
         run=path,
-        parameters=model.n_parameters(),
+        n_layer=model.config.n_layer,
+        n_embd=model.config.n_embd,
         when=f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}.",
         questions=len(asked["questions"]),

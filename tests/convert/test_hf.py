@@ -603,7 +603,9 @@ def test_unreadable_weights_are_refused_with_one_line(source, tmp_path):
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(folder)
     (folder / "config.json").unlink()
-    assert "config.json cannot be read: [Errno 2] No such file" in refused(folder)
+    assert "config.json cannot be read: FileNotFoundError: [Errno 2] No such file" in refused(
+        folder
+    )
     assert "missing/config.json cannot be read" in refused(Path("missing"))
 
 

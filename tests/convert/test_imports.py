@@ -257,7 +257,7 @@ REFUSED = {
     ),
     "merges that are no text": (
         lambda f: [save_slow_tokenizer(f), (f / "merges.txt").write_bytes(b"\xff")],
-        "merges.txt cannot be read: 'utf-8' codec",
+        "merges.txt cannot be read: UnicodeDecodeError: 'utf-8' codec",
     ),
     "merges alone": (
         lambda f: [save_slow_tokenizer(f), (f / "vocab.json").unlink()],

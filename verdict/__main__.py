@@ -107,7 +107,11 @@ class Measurement:
         self.device = choose_device(config.device)
         is_plain = config.dtype == "auto" and self.device.type != "cuda"  # float32 has fewer ties
         self.dtype = choose_dtype("float32" if is_plain else config.dtype, self.device)
-        self.tasks = earlier_tasks(run, meta)
+        facts = {"format_version": FORMAT_VERSION, "run": run.path, "step": meta["step"]}
+        is_current = all(run.tasks.get(key) == facts[key] for key in ("format_version", "step"))
+        earlier = run.tasks if is_current else {}
+        self.tasks = facts | {"torch": torch.__version__, "rule": quality.RULE}
+        self.tasks |= {key: earlier.get(key, {}) for key in ("settings", "generation", "zero_shot")}
         self.notices: list[str] = []  # a line for whatever had to be left out
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -303,15 +307,6 @@ def task_names(tasks: str) -> list[str]:
     for name in filter(None, (part.strip() for part in tasks.split(","))):
         names += LOCAL_TASKS if name == "local" else [name]
     return list(dict.fromkeys(names))
-
-
-def earlier_tasks(run: runs.Run, meta: dict) -> dict:
-    """tasks.json to go on with: its parts that are of this step."""
-    facts = {"format_version": FORMAT_VERSION, "run": run.path, "step": meta["step"]}
-    facts |= {"torch": torch.__version__, "rule": quality.RULE}
-    is_current = all(run.tasks.get(key) == facts[key] for key in ("format_version", "step"))
-    earlier = run.tasks if is_current else {}
-    return facts | {key: earlier.get(key, {}) for key in ("settings", "generation", "zero_shot")}
 
 
 def main(config: VerdictConfig) -> None:

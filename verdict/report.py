@@ -1,7 +1,7 @@
 """report.html, report.md, report.json and curves.png: the criteria, every figure, and how each was
 come by.
 
-The facts are gathered once; templates/ arranges them for a browser and as Markdown.
+The facts are gathered once, as values; templates/ arranges them for a browser and as Markdown.
 """
 
 import functools

@@ -13,7 +13,7 @@ def save(run_dir, step, val_loss, *, seed=0, vocab_size=tokenizer.VOCAB_SIZE):
     """A step folder of a tiny model, as train.py writes it; the model."""
     model = tiny_model(seed, vocab_size=vocab_size)
     identity = {"model": vars(model.config), "loss_on": "all"}
-    meta = {"val_loss": val_loss, "identity": identity, "settings": {}}
+    meta = {"val_loss": val_loss, "identity": identity, "settings": {"data_dir": ""}}
     run_dir.mkdir(exist_ok=True)
     checkpoint.save(run_dir, step, model=model.state_dict(), train_state={}, meta=meta)
     return model

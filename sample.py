@@ -46,7 +46,7 @@ class SampleConfig(settings.Settings):
         True, "a prompt is a user's turn; False: plain text to continue", group="How it is asked"
     )
     system: str = setting("", "a system turn before the prompt")
-    num_samples: int = setting(1, "answers to each prompt", at_least=1)
+    num_samples: int = setting(1, "answers to each prompt", at_least=1, at_most=100_000)
 
     num_prompts: int = setting(
         0, "take the first so many; 0: all", group="A file of prompts", at_least=0
@@ -116,7 +116,7 @@ def _read_row(line: str, place: str) -> tuple[str, str | None]:
         if not isinstance(prompt, str) or not isinstance(answer, str | None):
             raise TypeError
         return prompt, answer
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         wanted = '{"prompt": "...", "answer": "..."}, the answer as you like'
         raise UserError(f"{place}: wanted {wanted}") from None
 

@@ -79,7 +79,7 @@ def as_ours(
 def check_shape(shape: dict, place: str) -> None:
     sizes = [shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size")]
     if (
-        not all(type(size) is int and size >= 1 for size in sizes)
+        not all(type(size) is int and 1 <= size < 2**31 for size in sizes)
         or shape["n_embd"] % shape["n_head"]
         or not (type(shape["dropout"]) in (int, float) and 0 <= shape["dropout"] < 1)
     ):

@@ -262,7 +262,7 @@ class SampleDataConfig(settings.Settings):
     """Write the demo's conversations as JSON lines, which prepare.py reads like any others."""
 
     to: str = setting("data/sample.jsonl", "the file, which is replaced", path=True)
-    num_rows: int = setting(24_000, "conversations", at_least=1)
+    num_rows: int = setting(24_000, "conversations", at_least=1, at_most=1_000_000)
     seed: int = setting(42, "of all that is drawn", **settings.SEED)
 
 

@@ -51,11 +51,16 @@ def items(text: str) -> int:
     return n_parts(plain(text.rsplit(":", 1)[-1]), r",\s*(?:and\s+)?|\s+and\s+")
 
 
+def numbered(answer: str, n: int) -> bool:
+    found = _NUMBER.findall(answer)
+    return len(found) == n and all(text == str(k) for k, text in enumerate(found, start=1))
+
+
 def is_json(text: str, keys: list[str]) -> bool:
     body = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and set(keys) <= set(value)
 
@@ -66,7 +71,7 @@ CHECKS = {  # of an answer, by kind; the other arguments are those of the check
     "max_words": lambda answer, n: len(words(answer)) <= n,
     "min_words": lambda answer, n: len(words(answer)) >= n,
     "n_items": lambda answer, n: items(answer) == n,
-    "numbered": lambda answer, n: _NUMBER.findall(answer) == [str(k + 1) for k in range(n)],
+    "numbered": numbered,
     "bullets": lambda answer, n: len(_BULLET.findall(answer)) == n,
     "n_lines": lambda answer, n: n_lines(answer) == n,
     "n_sentences": lambda answer, n: n_parts(answer, _SENTENCE_END) == n,
@@ -105,7 +110,7 @@ def read_prompts(path: Path) -> list[dict]:
             if not isinstance(row["prompt"], str):
                 raise TypeError("prompt is not text")
             obeys("a", row["check"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             wanted = f"a prompt, and a check of kind {', '.join(CHECKS)} with its arguments"
             raise UserError(f"{path}, line {number}: {error!r}; wanted {wanted}") from None
         rows.append(row)

@@ -73,7 +73,8 @@ def device_hours(path: Path) -> float:
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn, or of an old run
+        # It is torn, of an old run, or edited.
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return float(json.loads(line)["device_hours"])
     return 0.0
 

@@ -518,6 +518,7 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
         ({"n_layer": None}, "'n_layer' expected int, got NoneType"),
         ({"n_layer": True}, "'n_layer' expected int, got bool"),
         ({"n_layer": 0}, "n_layer=0, .*; wanted sizes of 1 or more"),
+        ({"n_embd": 10**400}, "n_embd=10.*; wanted sizes of 1 or more"),
         ({"n_layer": 10**9}, "its config.json: 29 tensors are not of 1,000,000,000 layers"),
         ({"n_embd": "16"}, r"'n_embd' expected int, got str \(value: '16'\)"),
         ({"resid_pdrop": 1.0}, "dropout=1.0, .*; wanted .* below 1"),

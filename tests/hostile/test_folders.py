@@ -162,6 +162,14 @@ def test_files_that_the_verdict_reads(place, name):
         assert any(name in note for note in read.notes) or text in ("", "{}"), (name, text[:20])
 
 
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:4])
+def test_prompts(place, text, capfd):
+    write(place / "prompts.jsonl", text)
+    given = ["--run=run", "--device=cpu", "--prompts=prompts.jsonl"]
+    assert not complaints("sample", given, capfd, place)
+    assert not complaints("verdict.__main__", [*given, "--only=tasks"], capfd, place)
+
+
 PLACES = ("file/x", "/dev/null", "/proc/self/x", "x" * 300, "dangling", "loop/x")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanosynth.training.log import Console, MetricsFile, RunLog, commit, write_config
+from nanosynth.training.log import Console, MetricsFile, RunLog, commit, device_hours, write_config
 from tiny import ALONE, train_run
 
 FOUR = replace(ALONE, size=4)
@@ -184,3 +184,9 @@ def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps():
         assert len(said) == (step > 0)
     assert "device-hours, more than budget_hours=2" in said[0]
     log.close()
+
+
+@pytest.mark.parametrize("line", ['{"device_hours": 1' + "0" * 400 + "}", "[" * 100_000, "{}", "x"])
+def test_device_hours_of_an_edited_file(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"device_hours": 2.5}}\n{line}\n')
+    assert device_hours(tmp_path / "metrics.jsonl") == 2.5

@@ -32,6 +32,11 @@ HUB_CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
 }
 
+OURS = {  # the files that tell what nanosynth wrote into a folder
+    "bins": ("meta.json", "train.bin"),
+    "a run": ("config.json", "metrics.jsonl"),
+    "a checkpoint": ("meta.json", "model.safetensors"),
+}
 REJECT_KEYS = ("file", "row", "reason", "text")
 SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
 
@@ -143,11 +148,12 @@ def _files(
         return
     seen.add((status.st_dev, status.st_ino))
     inside = sorted(folder.iterdir())
-    if what := _what_is_ours(folder):
-        left_out[f"{folder} ({what})"] += 1
+    names = {path.name for path in inside}
+    if found := [what for what, files in OURS.items() if names.issuperset(files)]:
+        left_out[f"{folder} ({found[0]})"] += 1
         # Beside bins may lie what they were made of.
         ours = ("meta.json", PICTURE, *FILES, *LABELS)
-        inside = [path for path in inside if path.name not in ours] if what == "bins" else []
+        inside = [path for path in inside if path.name not in ours] if found[0] == "bins" else []
     elif (folder / SPLITS_FILE).is_file():
         inside = [_saved_split(folder, reading.split)]
     elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
@@ -175,19 +181,6 @@ def is_rejects(path: Path) -> bool:
         return not line or tuple(json.loads(line)) == REJECT_KEYS
     except (ValueError, TypeError, RecursionError):
         return False
-
-
-def _what_is_ours(folder: Path) -> str:
-    """What nanosynth wrote there; '' where it did not."""
-
-    def has(*names: str) -> bool:
-        return all((folder / name).exists() for name in names)
-
-    if has("meta.json", "train.bin"):
-        return "bins"
-    if has("config.json", "metrics.jsonl"):
-        return "a run"
-    return "a checkpoint" if has("meta.json", "model.safetensors") else ""
 
 
 def _saved_split(folder: Path, split: str) -> Path:

@@ -189,7 +189,7 @@ class RunLog:
         self.file, self._console, self._wandb = file, console, wandb
         self._world, self._peak = world, peak
         self._budget_hours, self._spent_hours = budget_hours, spent_hours
-        self._is_first_flush, self._has_warned = True, False
+        self._n_flushes = 0
         self._n_skipped, self._evaluated = 0, ""  # what the console says beside the training loss
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
         self._clock = time.perf_counter()
@@ -260,12 +260,11 @@ class RunLog:
 
     def _warn_of_budget(self, seconds_left: float) -> None:
         """Once, when the first steps, which compile, are over."""
+        self._n_flushes += 1
         expected = self.device_hours + seconds_left / 3600 * self._world.size
-        if expected > self._budget_hours and not (self._is_first_flush or self._has_warned):
-            self._has_warned = True
+        if self._n_flushes == 2 and expected > self._budget_hours:
             budget = f"more than budget_hours={self._budget_hours:g}"
             self.say(f"at this speed the run takes {expected:.2f} device-hours, {budget}")
-        self._is_first_flush = False
 
     def restart_clock(self) -> None:
         """Leave out of the throughput what passed since the last flush (evaluation, a save)."""

@@ -59,7 +59,7 @@ def temporary(path: Path, kind: str = "tmp") -> Path:
     """A name beside `path` to write under. Nobody can foresee it, so no link lies in wait there,
     and nothing of the user's has it.
     """
-    return path.with_name(f".{kind}-{path.name}-{secrets.token_hex(8)}")
+    return path.parent / f".{kind}-{path.name}-{secrets.token_hex(8)}"  # also of "." and "/"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -115,3 +115,12 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd, code)
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.lock(tmp_path))
         assert "a file system without locks" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", [".", "/", "folder/.."])
+def test_a_folder_in_the_place_of_a_file(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        files.write_atomically(Path(path), "x")
+    assert [found.name for found in tmp_path.iterdir()] == ["folder"]

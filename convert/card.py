@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import yaml_dump
 
+from convert import runs
 from nanosynth import UserError
 from nanosynth.data import bins
 from nanosynth.files import write_atomically
@@ -59,10 +60,8 @@ DATA = (
 def write(folder: Path, path: Path, meta: dict, license: str, license_file: str) -> None:
     """README.md, and LICENSE where the user has one, of the step folder `path` of this `meta`."""
     if license_file:
-        try:
+        with runs.reading(f"--license_file={license_file}"):
             shutil.copyfile(license_file, folder / "LICENSE")
-        except OSError as error:
-            raise UserError(f"--license_file={license_file} cannot be read: {error}") from None
     shape, settings = meta["identity"]["model"], meta.get("settings", {})
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"license": license} if license else {}
@@ -93,10 +92,11 @@ def _rows(facts: dict, names: tuple[str, ...]) -> str:
 
 def _figures(path: Path) -> str:
     """The verdict's criteria on the run, from the report beside the step folder."""
-    unknown = f"Not judged yet: `python -m verdict --run={path.parent}`."
-    try:
-        report = json.loads((path.parent / "report.json").read_bytes())
-        rows = [["criterion", "threshold", "figure", "95% interval", "verdict"]]
+    if not (written := path.parent / "report.json").exists():
+        return f"Not judged yet: `python -m verdict --run={path.parent}`."
+    rows = [["criterion", "threshold", "figure", "95% interval", "verdict"]]
+    with runs.reading(written, "is no report of python -m verdict"):
+        report = json.loads(written.read_bytes())
         for judged in report["criteria"]:
             interval = " to ".join(f"{end:.4g}" for end in judged["interval"] or ())
             figure = "-" if judged["figure"] is None else f"{judged['figure']:.4g}"
@@ -105,9 +105,3 @@ def _figures(path: Path) -> str:
             )
         how = [f"- {name}: {text}" for name, text in report["how"].items()]
         return "\n".join([table(rows, left=(0, 1, 4), markdown=True), "", *how])
-    except FileNotFoundError:
-        return unknown
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path.parent / 'report.json'} is no report ({error!r}); {unknown}"
-        ) from None

@@ -30,7 +30,7 @@ def new_folder(to: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def reading(path: Path, said: str = "cannot be read") -> Iterator[None]:
+def reading(path: Path | str, said: str = "cannot be read") -> Iterator[None]:
     """What goes wrong while a file that a user brings is read, in one line."""
     try:
         yield

@@ -151,7 +151,7 @@ def stability(run: Run) -> Judgement:
     listed = [f"{kind}: {numbers(at) or 'none'}" for kind, at in run.events._asdict().items()]
     remark = f"{len(run.train):,} steps; {'; '.join(listed)}".replace("_", " ")
     steps, wanted = [record["step"] for record in run.train], run.config.get("max_steps") or 0
-    is_whole = steps == list(range(wanted))
+    is_whole = len(steps) == wanted and steps == list(range(len(steps)))
     if not n_bad and (not is_whole or wanted <= SpikeGuard.WINDOW):
         said = f"all {wanted:,}" if wanted else "all, how many is not known"
         remark += f"; wanted {said}, and more than the {SpikeGuard.WINDOW} of a spike's window"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanosynth import UserError
 from nanosynth.data import utf8
+from nanosynth.schema import fields, misfit
 
 _BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
 _SENTENCE_END = r"[.!?]+[\"'”)]*(?:\s+|$)"  # or the text's end
@@ -91,6 +92,10 @@ CHECKS = {  # of an answer, by kind; the other arguments are those of the check
     "json": is_json,
 }
 
+CHECK = fields("kind:text n?:count text?:text") | {
+    name: ["text"] for name in ("options?", "words?", "texts?", "keys?")
+}
+
 
 def obeys(answer: str, check: dict) -> bool:
     """Does an answer do what the prompt asked? One without a letter or digit never does."""
@@ -107,8 +112,8 @@ def read_prompts(path: Path) -> list[dict]:
     for number, line in utf8.lines(path):
         try:
             row = json.loads(line)
-            if not isinstance(row["prompt"], str):
-                raise TypeError("prompt is not text")
+            if wrong := misfit(row, {"prompt": "text", "check": CHECK}):
+                raise TypeError(wrong)
             obeys("a", row["check"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             wanted = f"a prompt, and a check of kind {', '.join(CHECKS)} with its arguments"

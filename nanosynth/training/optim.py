@@ -60,9 +60,9 @@ def keep_groups(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     are the program's and the settings'. Raises ValueError where they are not of the parameters.
     """
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    moments = ("exp_avg", "exp_avg_sq")
-    found = {n: {own[name].shape for name in moments} for n, own in state["state"].items()}
-    if found != {n: {shape} for n, shape in enumerate(shapes)}:
+    names = ("step", "exp_avg", "exp_avg_sq")
+    found = {n: [own[name].shape for name in names] for n, own in state["state"].items()}
+    if found != {n: [(), shape, shape] for n, shape in enumerate(shapes)}:
         raise ValueError("its moments are not of this model's shape")
     return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 

@@ -248,9 +248,10 @@ def test_forged_training_states(place, name, capfd):
     assert not found, "\n".join(found)
 
 
-def test_moments_of_another_shape(place, capfd):
+@pytest.mark.parametrize("name", ["exp_avg", "step"])
+def test_moments_of_another_shape(place, name, capfd):
     path = checkpoint.folder(place / "run", 6)
-    save_anew(path, lambda _, state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(3)))
+    save_anew(path, lambda _, state: state["optimizer"]["state"][0].update({name: torch.ones(3)}))
     given = flags(**{**RUN, "data_dir": "data", "out_dir": "run", "max_steps": 9})
     assert not complaints("train", given, capfd, place)
 

@@ -196,6 +196,8 @@ def test_a_prompt_file_is_read_as_sample_py_reads_it(tmp_path):
         {"prompt": "Hi", "check": {"kind": "rhymes"}},
         {"prompt": "Hi", "check": {"kind": "n_words"}},
         {"prompt": "Hi", "check": {"kind": "one_word", "n": 3}},
+        {"prompt": "Hi", "check": {"kind": "n_words", "n": "3"}},
+        {"prompt": "Hi", "check": {"kind": "contains", "words": "ab"}},
         [],
     ],
     ids=str,

@@ -24,7 +24,7 @@ from nanosynth.settings import setting
 
 LIBGOMPS_OWN = "300000"
 N_STEPS = 20  # of a training by two ranks, whose start is timed too
-RUN = ("train.py", "config/demo.py", "--resume=never", "--log_interval=1")
+RUN = ("train.py", "config/demo.py", "--log_interval=1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class BusyConfig(settings.Settings):
 def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Each command with the line that ends it, on data and a run of random tokens in `folder`."""
     data = random_bins(str(folder / "data"), block_size=92, n_val_rows=200)
-    where = [f"--data_dir={data}", f"--out_dir={folder}/out"]
+    where = [f"--data_dir={data}", f"--out_dir={folder}/out-{{spins}}"]
     source = folder / "sample.jsonl"
     prepare_first = ["data/make_sample.py", f"--to={source}", "--num_rows=20000"]
     train_first = [
@@ -68,11 +68,11 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 
 def contenders(name: str, command: list[str], line: str, spins: list[str]) -> list[Contender]:
-    """The command with each spin count."""
+    """The command with each spin count, in a folder of its own: a training holds its folder."""
     return [
         Contender(
             name=f"{name}, {count} spins",
-            command=command,
+            command=[part.format(spins=count) for part in command],
             line=line,
             n_tokens=1,  # a unit is a step or a whole command
             environment={"GOMP_SPINCOUNT": count},
@@ -96,7 +96,7 @@ def busy(n_processes: int) -> Iterator[None]:
 def measure(config: BusyConfig, folder: Path) -> list[Ratio]:
     spins = [*config.spins, LIBGOMPS_OWN]
     works = commands(folder)
-    train = [*RUN, f"--data_dir={folder}/data", f"--out_dir={folder}/out"]
+    train = [*RUN, f"--data_dir={folder}/data", f"--out_dir={folder}/out-{{spins}}"]
     with busy(config.busy):
         steps = contenders("training step", train, r"^step +\d+/", spins)
         turns = {"n_units": config.steps, "n_untimed": 1, "n_first": 2, "fresh": False}

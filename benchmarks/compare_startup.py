@@ -40,7 +40,7 @@ def main(config: StartConfig) -> None:
                 name="nanosynth",
                 command=[
                     *("train.py", config.config, *where, f"--data_dir={data}"),
-                    *(f"--out_dir={folder}/out", "--resume=never", "--log_interval=1"),
+                    *(f"--out_dir={folder}/out", "--log_interval=1"),
                 ],
                 line=r"^step +0/",
                 n_tokens=1,

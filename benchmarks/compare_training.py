@@ -51,7 +51,7 @@ def contenders(config: CompareConfig, sizes: dict[str, int], folder: Path) -> li
     for dtype in (half, "bfloat16" if half == "float16" else "float32"):
         endless = "--max_steps=1000000 --eval_interval=1000000 --save_interval=1000000"
         command = ["train.py", *flags, *where, f"--dtype={dtype}", f"--compile={config.compile}"]
-        command += [*endless.split(), "--log_interval=1", "--hang_seconds=1e6", "--resume=never"]
+        command += [*endless.split(), "--log_interval=1", "--hang_seconds=1e6"]
         command += ["--keep_last=2", "--eval_rows=16", f"--out_dir={folder / dtype}"]
         name = f"nanosynth, {dtype}"
         found.append(Contender(name=name, command=command, line=r"^step +\d+/", n_tokens=n_tokens))

@@ -114,6 +114,7 @@ def test_our_commands_are_such_as_train_takes(tmp_path):
     for ours in compare_training.contenders(config, sizes, tmp_path):
         taken = settings.load(train.TrainConfig, ours.command[1:], "train.py")
         assert taken.rows_per_step == config.rows_per_step
+        assert taken.resume == "auto"  # a turn starts where the last one has left its folder
 
 
 def test_transformers_gets_the_same_model():

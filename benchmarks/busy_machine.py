@@ -5,7 +5,7 @@ several counts in turn: 0 sleeps at once, as OMP_WAIT_POLICY=passive does; 30000
 
 Usage:
     python -m benchmarks.busy_machine
-    python -m benchmarks.busy_machine --busy=4 --spins=1000 --pairs=2
+    python -m benchmarks.busy_machine --busy=4 --spins=10000 --pairs=2
 """
 
 import contextlib

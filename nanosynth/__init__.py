@@ -6,10 +6,10 @@ import sys
 # Set here, since every script comes by before it imports torch, whose OpenMP reads it once. Between
 # two products its threads spin for the next one, 300,000 turns unless told otherwise: on a machine
 # with other work that is the time in which the others, or our own thread that all wait for, would
-# have run. 1,000 turns, some 20 microseconds, bridge most gaps between products and no more.
+# have run. 10,000 turns, some 0.2 ms, bridge the gaps between products and no more.
 # See benchmarks/RESULTS.md. A user's own word stands.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def except_interrupts(error_type: type, error: BaseException, trace: object) -> None:

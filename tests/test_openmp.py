@@ -19,7 +19,7 @@ LOAD = "import ctypes, sys, nanosynth; assert 'torch' not in sys.modules; ctypes
 @pytest.mark.parametrize(
     ("said", "spins"),
     [
-        ({}, 1000),
+        ({}, 10_000),
         ({"GOMP_SPINCOUNT": "77"}, 77),
         ({"OMP_WAIT_POLICY": "passive"}, 0),
         ({"OMP_WAIT_POLICY": "active"}, 30_000_000_000),

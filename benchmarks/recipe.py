@@ -253,17 +253,20 @@ def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
 
 
 def costs(runs: list[dict], best: dict, knob: str) -> str:
-    """What each value of a knob adds to the loss that the same run has with the best's value."""
+    """What each value of a knob adds to the best's loss; where that was not tried, the least that it
+    adds to another run's.
+    """
     kind = {name: best[name] for name in ("optimizer", "seed")}
     alike = [run for run in runs if {**run["cell"], **kind} == run["cell"]]
     added = {}
     for run, other in itertools.product(alike, alike):
         if other["cell"] == {**run["cell"], knob: best[knob]}:
             value, cost = run["cell"][knob], final(run["curve"]) - final(other["curve"])
-            added[value] = min(cost, added.get(value, math.inf))
+            found = (other["cell"] != best, cost)  # of the best itself first
+            added[value] = min(found, added.get(value, found))
     return ", ".join(
         f"**{value:g}**" if value == best[knob] else f"{value:g}: {cost:+.3f}"
-        for value, cost in sorted(added.items())
+        for value, (_, cost) in sorted(added.items())
     )
 
 

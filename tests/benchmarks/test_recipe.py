@@ -86,10 +86,12 @@ def test_the_report_takes_the_best_of_each_and_keeps_what_lost(tmp_path):
 
 
 def test_a_value_is_judged_beside_the_run_that_is_else_the_same():
-    """Not beside the best, which another knob made better since."""
+    """That is the best itself, unless another knob has made it better since."""
     runs = [made("muon", 3.0), made("muon", 3.1, beta1=0.9), made("muon", 2.0, zero_init=True)]
     assert recipe.costs(runs, runs[-1]["cell"], "beta1") == "**0.8**, 0.9: +0.100"
     assert recipe.costs(runs, runs[-1]["cell"], "zero_init") == "0: +1.000, **1**"
+    tried = [*runs, made("muon", 2.5, beta1=0.9, zero_init=True)]
+    assert recipe.costs(tried, runs[-1]["cell"], "beta1") == "**0.8**, 0.9: +0.500"
 
 
 def test_a_muon_that_never_comes_there_is_said(tmp_path):

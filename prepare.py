@@ -313,9 +313,9 @@ def check_usable(
     source: sources.Source, kept: np.ndarray, tally: stats.Tally, config: PrepareConfig
 ) -> None:
     """Refuse to write empty bins, and say what the rows are like where none was understood."""
-    columns = {**tally.columns, **source.unread}
-    found = f"columns found: {', '.join([*columns][:20]) or 'none'}"
-    if missing := conversations.named(source.reading.columns) - columns.keys():
+    columns = [*{**tally.columns, **source.unread}]
+    found = f"columns found: {', '.join(columns[:20]) or 'none'}"
+    if missing := conversations.named(source.reading.columns) - {*columns} - tally.column_names:
         raise UserError(f"--columns={config.columns}: no row has {', '.join(missing)}; {found}")
     if config.split and not any(part.has_splits for part in source.parts):
         config.refuse("split", "no source has several")

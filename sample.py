@@ -32,7 +32,9 @@ class SampleConfig(settings.Settings):
     dtype: settings.DTYPE = setting(
         "auto", "of the weights; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
-    cuda_graph: bool = setting(False, "launch a token's kernels as one: a GPU waits for each")
+    cuda_graph: bool = setting(
+        False, "a GPU launches a token's kernels as one, without a wait for each"
+    )
 
     prompt: str = setting(
         "", "one prompt; its answer goes to the terminal", group="What is asked: one of three"

@@ -75,7 +75,9 @@ class TrainConfig(settings.Settings):
         8.0, "skip a loss so many sigmas above the last 128; 0: none", group="Trouble", at_least=0
     )
     max_skipped_steps: int = setting(20, "steps skipped in a row that end the run", at_least=1)
-    hang_seconds: float = setting(600.0, "of a step and what is due, at most", above=0, at_most=1e6)
+    hang_seconds: float = setting(
+        600.0, "a step, with what is due, that takes longer ends the run", above=0, at_most=1e6
+    )
 
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it", group="The machine"

@@ -41,7 +41,7 @@ class BusyConfig(settings.Settings):
 def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Each command with the line that ends it, on data and a run of random tokens in `folder`."""
     data = random_bins(str(folder / "data"), block_size=92, n_val_rows=200)
-    where = [f"--data_dir={data}", f"--out_dir={folder}/out-{{spins}}"]
+    where = [f"--data_dir={data}", f"--out_dir={folder}/ranks-{{spins}}"]
     source = folder / "sample.jsonl"
     prepare_first = ["data/make_sample.py", f"--to={source}", "--num_rows=20000"]
     train_first = [

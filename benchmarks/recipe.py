@@ -253,8 +253,8 @@ def tuned_runs(runs: list[dict], optimizer: str) -> list[dict]:
 
 
 def costs(runs: list[dict], best: dict, knob: str) -> str:
-    """What each value of a knob adds to the best's loss; where that was not tried, the least that it
-    adds to another run's.
+    """What each value of a knob adds to the loss of the best; where that was not tried, the least
+    that it adds to another run's.
     """
     kind = {name: best[name] for name in ("optimizer", "seed")}
     alike = [run for run in runs if {**run["cell"], **kind} == run["cell"]]

@@ -15,9 +15,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def except_interrupts(error_type: type, error: BaseException, trace: object) -> None:
     """A sys.excepthook: the traceback of an error that nobody caught, but none of Ctrl-C."""
     if not issubclass(error_type, KeyboardInterrupt):
-        sys.__excepthook__(error_type, error, trace)
+        excepthook(error_type, error, trace)
 
 
+excepthook = sys.excepthook
 sys.excepthook = except_interrupts  # here, so that it is silent while torch is imported, too
 
 

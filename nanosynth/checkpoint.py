@@ -136,12 +136,13 @@ def read_meta(path: Path) -> dict:
         wrong = misfit(meta, WANTED)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path / META} cannot be read: {type(error).__name__}: {error}") from None
-    if wrong:
-        raise Damaged(f"{path / META} is not of its form: {wrong}")
     if not intact:
         raise Damaged(f"{path / META} is not as it was written")
-    if meta["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has format {meta['format_version']}; wanted {FORMAT_VERSION}")
+    if meta.get("format_version") != FORMAT_VERSION:
+        found = meta.get("format_version")
+        raise UserError(f"{path} has format {found!r:.40}; wanted {FORMAT_VERSION}")
+    if wrong:
+        raise Damaged(f"{path / META} is not of its form: {wrong}")
     identity = meta["identity"]
     if "model" in identity:
         identity["model"] = OLD_MODEL | identity["model"]
@@ -191,10 +192,8 @@ def newest_good(run_dir: Path, say: Callable[[str], None] = print) -> Path | Non
     return None
 
 
-def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
-    of damaged ones.
-    """
+def _losses(run_dir: Path, say: Callable[[str], None] | None = None) -> dict[Path, float]:
+    """Validation losses by step folder. One that is damaged, or being deleted, has none."""
     losses = {}
     for path in (folder(run_dir, step) for step in steps(run_dir)):
         try:
@@ -205,13 +204,20 @@ def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None
             continue
         if loss is not None and math.isfinite(loss):
             losses[path] = loss
+    return losses
+
+
+def best(run_dir: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The step folder with the lowest validation loss; None where none was evaluated. `say` hears
+    of damaged ones.
+    """
+    losses = _losses(run_dir, say)
     return min(losses, key=losses.get, default=None)
 
 
 def best_loss(run_dir: Path) -> float:
     """The lowest validation loss among the step folders; infinity where none was evaluated."""
-    path = best(run_dir)
-    return read_meta(path)["val_loss"] if path else math.inf
+    return min(_losses(run_dir).values(), default=math.inf)
 
 
 def find(run: str, step: str = "best", names: tuple[str, ...] = (MODEL,)) -> Path:
@@ -291,7 +297,8 @@ def check_new(run_dir: Path, resume: str) -> None:
         names = [name for name in names if name.startswith("step_") or name in ("latest", "best")]
         mend = f"but no checkpoint: {ANEW}"
     if names:
-        raise UserError(f"{run_dir} holds {', '.join(names[:5])}; {mend}")
+        more = ", ..." if len(names) > 5 else ""
+        raise UserError(f"{run_dir} holds {', '.join(names[:5])}{more}; {mend}")
 
 
 def read_model(path: Path, meta: dict) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"{torch.__version__} finds no GPU that it can use; update the driver, install a "
                 "torch built for it, or say --device=cpu"
             )
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,2})?", name):
+    if not re.fullmatch("cpu|cuda(:(0|[1-9][0-9]?))?", name):
         raise UserError(f"--device={name}; wanted auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cpu":

@@ -178,11 +178,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 def lock(folder: Path) -> Iterator[None]:
     """Make a folder and hold it for this process alone, by a lock on the file .lock in it, which
     the kernel releases however the process ends; raises UserError where another process holds it.
-    A new folder that stays empty goes again.
+    New folders that stay empty go again.
 
     Where the file system has no locks that is said, and nothing is held.
     """
-    path, is_new = folder / LOCK, not folder.exists()
+    path = folder / LOCK
+    new_folders = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = not_through_a_link(str(path), os.O_RDWR | os.O_CREAT)
@@ -209,6 +210,6 @@ def lock(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()  # while it is held, so that nobody is left with a lock on no file
         os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # it is not empty
+            for part in new_folders:
+                part.rmdir()

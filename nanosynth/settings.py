@@ -254,7 +254,7 @@ def checked(fields: dict, name: str, value: object, origin: str, *, parse: bool 
         if isinstance(parts, tuple | list) and all(isinstance(part, str) for part in parts):
             return tuple(map(expand, parts))
     elif parse and str not in _choices(wanted):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             # A Python literal; true and false in any case.
             is_bool = value.lower() in ("true", "false")
             value = ast.literal_eval(value.capitalize() if is_bool else value)

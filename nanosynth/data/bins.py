@@ -79,7 +79,7 @@ class BinWriter:
         picture = self.data_dir / PICTURE
         self._owns_picture = (
             not picture.exists()
-            or OUR_MARK.encode() in picture.read_bytes()[:1024]
+            or OUR_MARK.encode() in _head(picture, 1024)
             or bool(meta and "label_files" not in meta)  # version 0.1.0, which made no mark
         )
         if has_picture and not self._owns_picture:
@@ -87,7 +87,8 @@ class BinWriter:
         if os.path.lexists(self.partial):
             is_folder = self.partial.is_dir() and not self.partial.is_symlink()
             names = os.listdir(self.partial) if is_folder else [""]
-            if {n for n in names if not n.endswith(".spool")} - {*FILES, *LABELS, PICTURE}:
+            older = {f"{name}.spool" for name in FILES}  # of version 0.1.0
+            if {*names} - {*older, *SPOOLS, *FILES, *LABELS, PICTURE}:
                 raise UserError(f"{self.partial} is not of prepare.py; move it away")
 
     def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
@@ -124,8 +125,9 @@ class BinWriter:
                 documents = (os.pread(spool.fileno(), size, start) for start, size in places)
                 self._write(f"{name}{of}.bin", documents)
             spool.truncate(0)  # for the disk's sake
-        for name, order in orders.items() if labels is not None else ():
-            self._write(f"{name}_sources.bin", [labels[order].astype("<u2").tobytes()])
+        if labels is not None:
+            for name, order in orders.items():
+                self._write(f"{name}_sources.bin", [labels[order].astype("<u2").tobytes()])
 
     def _write(self, name: str, parts: Iterable[bytes]) -> None:
         with HashedFile(self.partial / name) as file:
@@ -151,8 +153,8 @@ class BinWriter:
             (self.data_dir / name).unlink(missing_ok=True)
         sync(self.data_dir)
         pictures = [PICTURE] if (self.partial / PICTURE).is_file() else []
-        # A mask comes before its bin: it tells that both are ours, should this be killed.
-        for name in (*sorted(self._files, reverse=True), *pictures):
+        # A mask comes before all else: it tells that the rest is ours, should this be killed.
+        for name in (*sorted(self._files, key=lambda name: "_mask" not in name), *pictures):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
         write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
@@ -166,6 +168,11 @@ class BinWriter:
                 spool.close()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._stack.close()
+
+
+def _head(path: Path, n_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(n_bytes)
 
 
 def _our_meta(folder: Path) -> dict:
@@ -204,12 +211,12 @@ def read_meta(data_dir: str) -> dict:
 def _checked_meta(path: Path) -> dict:
     meta = json.loads(path.read_bytes())
     has = (meta["format_version"], meta["vocab_size"])
+    if has != (FORMAT_VERSION, VOCAB_SIZE):
+        said = "{} has format {!r:.20}, vocabulary {!r:.20}; wanted format {}, vocabulary {}"
+        raise UserError(said.format(path, *has, FORMAT_VERSION, VOCAB_SIZE))
     if wrong := misfit(meta, WANTED):
         raise ValueError(wrong)
     files = {name: meta["files"][name]["bytes"] for name in FILES}
-    if has != (FORMAT_VERSION, VOCAB_SIZE):
-        said = "{} has format {}, vocabulary {}; wanted format {}, vocabulary {}"
-        raise UserError(said.format(path, *has, FORMAT_VERSION, VOCAB_SIZE))
     for name, wanted in files.items():
         bin_path = path.parent / name
         size = bin_path.stat().st_size if bin_path.is_file() else 0

@@ -41,7 +41,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # types of content
 MOST_SPACES = 900_000  # in a row; tiktoken's regex panics at 1,000,000
 UNNAMED = "(not given)"
 # Where a row's first words stand.
-_TEXT_COLUMNS = {name for use in ("turns", "user", "input", "content") for name in COLUMNS[use]}
+_TEXT_COLUMNS = [name for use in ("turns", "user", "input", "content") for name in COLUMNS[use]]
 _TYPES = {
     **{type(None): "null", str: "text", bool: "a boolean", int: "a number", float: "a number"},
     **{list: "a list", dict: "an object", bytes: "bytes without an encoding"},
@@ -129,7 +129,9 @@ class _Row:
         if turns := self.listed(*self._take("turns")) or self.pair():
             n_systems = int(turns[0][0] == "system")
             history = self.listed(*self._take("history"))
-            turns = self._system(turns[:n_systems]) + history + turns[n_systems:]
+            turns = turns[:n_systems] + history + turns[n_systems:]
+            n_systems = int(turns[0][0] == "system")
+            turns = self._system(turns[:n_systems]) + turns[n_systems:]
         else:
             turns = [(TEXT, self._plain_text())]
         if unused is not None:
@@ -260,9 +262,10 @@ def _check_turns(turns: list[Turn]) -> None:
             if re.search("[\ud800-\udc7f\udd00-\udfff]", text):
                 raise Reject("text is not valid Unicode", "a lone surrogate")
             raise Reject("text is not UTF-8", "cp1252 or another encoding of single bytes")
-        spaces = re.findall(r"\s+", text) if len(text) >= MOST_SPACES else []
-        if max(map(len, spaces), default=0) >= MOST_SPACES:
-            raise Reject("spaces without end")
+        if len(text) >= MOST_SPACES:
+            runs = (len(run[0]) for run in re.finditer(r"\s+", text))
+            if max(runs, default=0) >= MOST_SPACES:
+                raise Reject("spaces without end")
 
 
 def names_of(row: object, file: str, columns: Columns = COLUMNS) -> tuple[str, str]:
@@ -292,9 +295,10 @@ def _texts(value: object, depth: int) -> Iterator[str]:
         for item in value:
             yield from _texts(item, depth - 1)
     elif isinstance(value, dict) and depth:
-        for key in sorted(value, key=lambda key: key not in _TEXT_COLUMNS):
-            if key not in COLUMNS["role"]:
-                yield from _texts(value[key], depth - 1)
+        known = [key for key in _TEXT_COLUMNS if key in value]
+        others = (key for key in value if key not in (*known, *COLUMNS["role"]))
+        for key in (*known, *others):
+            yield from _texts(value[key], depth - 1)
 
 
 # Known troubles of synthetic conversations. Rules of thumb, cheap enough for every row: they are

@@ -43,6 +43,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.troubles: Counter[str] = Counter()  # of unique conversations, whether dropped or not
         self.columns: dict[str, None] = {}  # that hold something
+        self.column_names: set[str] = set()  # of all
         self.unused: Counter[str] = Counter()  # columns that held text in vain, of usable rows
         self.names: dict[str, dict[str, int]] = {"source": {}, "category": {}}  # name -> number
         self._rejects = rejects
@@ -51,8 +52,10 @@ class Tally:
     def see(self, row: object) -> None:
         """One row that was read, whatever it holds."""
         self.rows_read += 1
-        if isinstance(row, dict) and not row.keys() <= self.columns.keys():
-            self.columns |= {name: None for name, value in row.items() if value is not None}
+        if isinstance(row, dict):
+            self.column_names.update(row)
+            if not row.keys() <= self.columns.keys():
+                self.columns |= {name: None for name, value in row.items() if value is not None}
 
     def drop(self, reject: Reject, file: str, number: int, row: object) -> None:
         """One row that is left out, counted under its reason or, past many of those, its kind."""
@@ -234,9 +237,10 @@ def draw(meta: dict, kept: np.ndarray, path: Path) -> None:
     panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.xaxis.set_minor_locator(ticker.NullLocator())
+    panel.tick_params(axis="x", labelsize="small")
     for q, style in ((50, "-"), (90, "--"), (99, ":")):
         value = meta["document_tokens"][f"p{q}"]
-        label = f"{q} of 100 below {value:,}"
+        label = f"median {value:,}" if q == 50 else f"{q} of 100 below {value:,}"
         panel.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
     panel.legend(frameon=False)
     axes["turns"].hist(turns, bins=np.arange(0.5, 13), rwidth=0.9)

@@ -80,8 +80,8 @@ def device_hours(path: Path) -> float:
 
 
 class Background:
-    """An output whose thread takes what is put, in its order: neither training nor its end waits
-    for a console or a service that hangs.
+    """An output whose thread takes what is put, in its order: training does not wait for a console
+    or a service that hangs, nor its end for longer than `patience_seconds`.
     """
 
     def __init__(self, work: Callable[[Iterator], None], patience_seconds: float):
@@ -189,7 +189,7 @@ class RunLog:
         self.file, self._console, self._wandb = file, console, wandb
         self._world, self._peak = world, peak
         self._budget_hours, self._spent_hours = budget_hours, spent_hours
-        self._n_flushes = 0
+        self._n_flushes, self._has_warned = 0, False
         self._n_skipped, self._evaluated = 0, ""  # what the console says beside the training loss
         self._pending: list[tuple[dict, torch.Tensor, int, float]] = []
         self._clock = time.perf_counter()
@@ -262,7 +262,8 @@ class RunLog:
         """Once, when the first steps, which compile, are over."""
         self._n_flushes += 1
         expected = self.device_hours + seconds_left / 3600 * self._world.size
-        if self._n_flushes == 2 and expected > self._budget_hours:
+        if expected > self._budget_hours and self._n_flushes > 1 and not self._has_warned:
+            self._has_warned = True
             budget = f"more than budget_hours={self._budget_hours:g}"
             self.say(f"at this speed the run takes {expected:.2f} device-hours, {budget}")
 

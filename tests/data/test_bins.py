@@ -202,10 +202,10 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     with bins.BinWriter(str(tmp_path)):
         pass
     (tmp_path / ".partial").mkdir()
-    (tmp_path / ".partial" / "mine.txt").write_text("mine")
+    (tmp_path / ".partial" / "mine.spool").write_text("mine")
     with pytest.raises(UserError, match=".partial is not of prepare.py; move it away"):
         bins.BinWriter(str(tmp_path))
-    assert (tmp_path / ".partial" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / ".partial" / "mine.spool").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == [".partial"]
 
 
@@ -230,7 +230,7 @@ def test_damaged_bins_of_ours_are_made_anew(data_dir, damage):
         pass
 
 
-@pytest.mark.parametrize("n_moved", range(5))
+@pytest.mark.parametrize("n_moved", range(7))
 def test_bins_whose_publishing_was_killed_are_made_anew(tmp_path, monkeypatch, n_moved):
     """At whatever file, and though a run that failed has removed .partial since."""
     moved, replace = [], os.replace
@@ -243,7 +243,7 @@ def test_bins_whose_publishing_was_killed_are_made_anew(tmp_path, monkeypatch, n
     with pytest.raises(KeyboardInterrupt), bins.BinWriter(str(tmp_path)) as writer:
         for _ in bins.SPLITS:
             writer.add([1, END], [0, 0])
-        writer.shuffle(0, [0, 1])
+        writer.shuffle(0, [0, 1], labels=np.zeros((2, 2)))
         monkeypatch.setattr(os, "replace", killed)
         writer.publish({"source": "test"})
     with bins.BinWriter(str(tmp_path)):

@@ -238,6 +238,9 @@ def _nanogpt_meta(folder: Path) -> dict:
     }.items():
         if (folder / name).exists():
             raise UserError(f"{str(folder)!r} holds {what}")
+    for name in BINS:
+        if (size := (folder / name).stat().st_size) % 2:
+            raise UserError(f"{folder / name} has {size} bytes; wanted 2 of each token")
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256}
         for name, sha256 in _sha256s(folder, BINS, always=False).items()

@@ -194,11 +194,12 @@ def summary(rows: list[list[str]]) -> str:
 
     def total(column: int) -> str:
         counts = [row[column].split(" of ") for row in rows if " of " in row[column]]
-        equal, asked = (sum(map(int, numbers)) for numbers in zip(*counts, strict=True))
+        equal, asked = (sum(int(count[place]) for count in counts) for place in (0, 1))
         return f"{equal} of {asked}"
 
     failed = [row[0] for row in rows if row[1].startswith("FAILED")]
-    apart = max(abs(float(row[4]) / float(row[5]) - 1) for row in rows if row[0] not in failed)
+    factors = [float(row[4]) / float(row[5]) for row in rows if row[0] not in failed]
+    apart = max((abs(factor - 1) for factor in factors), default=0)
     return (
         f"In all, {total(2)} greedy answers, {total(3)} prompts, and {total(7)} ids and masks\n"
         f"are ours; the perplexities are within {apart:.1e} of ours, relatively. "

@@ -34,6 +34,13 @@ def test_a_row_counts_what_is_equal():
     assert said.endswith("are within 2.5e-01 of ours, relatively. who failed.")
 
 
+def test_a_table_of_failures_alone_is_summed_up():
+    failed = compare.row("who", {"failed": "no network"}, OURS)
+    said = " ".join(compare.summary([failed]).split())
+    assert said.startswith("In all, 0 of 0 greedy answers, 0 of 0 prompts, and 0 of 0 ids")
+    assert said.endswith("who failed.")
+
+
 def test_a_client_that_cannot_be_installed_is_said(tmp_path, monkeypatch):
     def run(command: list, **options) -> None:
         if "install" in command:

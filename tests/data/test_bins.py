@@ -98,6 +98,16 @@ def test_another_format_or_vocabulary_is_refused(data_dir, changes):
         bins.Split(data_dir, "train")
 
 
+@pytest.mark.parametrize("name", bins.BINS)
+def test_half_a_token_in_nanogpts_bins_is_refused(tmp_path, name):
+    for each in bins.BINS:
+        (tmp_path / each).write_bytes(b"\1\0" * 20)
+    assert bins.Split(str(tmp_path), "train").n_tokens == 20
+    (tmp_path / name).write_bytes(b"\1\0" * 20 + b"\1")
+    with pytest.raises(UserError, match=f"{name} has 41 bytes; wanted 2 of each token"):
+        bins.read_meta(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["train.bin", "train_mask.bin", "val.bin", "val_mask.bin"])
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
 def test_a_bin_of_another_size_is_refused(data_dir, name, change):

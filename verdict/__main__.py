@@ -132,7 +132,7 @@ class Measurement:
             yield "the perplexity", self.perplexity
         if config.generation and (config.only == "tasks" or not (config.only or is_answered)):
             self.check_not_fewer("num_prompts", tasks["settings"].get("generation", {}))
-            yield "answers", self.answers
+            yield "answers", self.generation
         if names and config.only != "perplexity":
             for name in names:
                 self.check_not_fewer("limit", tasks["zero_shot"].get(name, {}))
@@ -151,7 +151,7 @@ class Measurement:
         how = {"data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
         eval_ppl.main(eval_ppl.EvalConfig(run=self.run.path, step=self.step, **how))
 
-    def answers(self) -> None:
+    def generation(self) -> None:
         """The part `generation` of tasks.json, and task_generations.jsonl."""
         started, config = time.perf_counter(), self.config
         model, *_ = load(self.run.path, self.step, device=self.device, dtype=self.dtype)
@@ -277,7 +277,7 @@ def measure_control(run: runs.Run, other: runs.Run, config: VerdictConfig) -> li
         for of in (run, other) if not config.only else ():
             meta = checkpoint.read_meta(checkpoint.find(of.path, config.step))
             val = bins.read_meta(of.settings.get("data_dir", ""))["files"]["val.bin"]
-            made_of += [meta.get("meta_sha256", ""), val["sha256"]]
+            made_of += [meta["files"][checkpoint.MODEL]["sha256"], val["sha256"]]
         is_known = made_of and run.control.get("made_of") == made_of
         before = run.control["differences"] if is_known else ()
         differences = [found for found in before if found["what"] == control.BITS]

@@ -131,8 +131,8 @@ def add_findings(
         return
     judge = q.FixedJudge(train.ids, train.n_tokens)
     copied = ngrams.copied([answer.ids for answer in answers], train.ids, train.n_tokens)
-    for answer, answer.copied in zip(answers, copied, strict=True):
-        number = answer.number
+    for answer, is_copied in zip(answers, copied, strict=True):
+        number, answer.copied = answer.number, is_copied
         answer.about_fixed = judge.prefers(answer.ids, prompts.ids[number], others[number])
 
 

@@ -48,7 +48,8 @@ def _figure(found: list[Run], size: tuple, rows: list[list[str]], **ratios: list
     if "loss" in axes:
         handles, labels = axes["loss"].get_legend_handles_labels()
         once = dict(zip(labels, handles, strict=True))  # a mark that several runs have
-        place = {"loc": "outside upper left", "ncols": len(rows[0])}
+        n_across = len(rows[0])  # panels, and as many runs in a line of the legend
+        place = {"loc": "outside upper left", "ncols": n_across}
         figure.legend(list(once.values()), list(once), fontsize=9, **place)
     return figure
 

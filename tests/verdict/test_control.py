@@ -112,6 +112,13 @@ def test_the_whole_program_beside_a_control(pair, capsys, monkeypatch):
         verdict.main(config_of(own, control=other, tasks="questions", num_prompts=2))
     of = [d["of"] for d in runs.read(own).control["differences"]]
     assert of[2:] == ["questions", *["prompts, greedy"] * 2, *["prompts, sampled"] * 2]
+    meta = checkpoint.read_meta(Path(own, "step_000007"))
+    meta = {key: meta[key] for key in ("identity", "settings")} | {"val_loss": 0.5}
+    model = tiny_model(9, vocab_size=tokenizer.VOCAB_SIZE, block_size=64, n_layer=1)
+    checkpoint.save(Path(own), 8, model=model.state_dict(), train_state={}, meta=meta)
+    before = runs.read(own).control["differences"][0]["run"]
+    verdict.main(config_of(own, control=other, tasks="", generation=False))
+    assert runs.read(own).control["differences"][0]["run"] != before  # of another checkpoint
     Path(other, "bins", "meta.json").unlink()
     verdict.main(config_of(own, control=other, tasks="questions"))
     said = capsys.readouterr().err

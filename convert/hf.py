@@ -95,7 +95,7 @@ def export_run(config: HFConfig, folder: Path) -> str:
     """Write a run's checkpoint into an empty folder as transformers reads it; what was written."""
     path = checkpoint.find(config.run, config.step)
     meta = checkpoint.read_meta(path)
-    model = restored(path, meta)
+    model = restored(path, meta, copy=False)
     shape = asdict(model.config)
     if shape["vocab_size"] < tokenizer.N_IDS:
         found = f"{path} has a vocabulary of {shape['vocab_size']}"
@@ -149,7 +149,7 @@ def swap_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
 
     def is_matrix(name: str, tensor: Tensor) -> bool:  # a file may hold anything by that name
-        return bool(CONV1D.search(name)) and getattr(tensor, "ndim", 0) == 2
+        return bool(CONV1D.search(name)) and runs.is_plain(tensor) and tensor.ndim == 2
 
     return {
         name: tensor.t().contiguous() if is_matrix(name, tensor) else tensor
@@ -172,10 +172,13 @@ def bring_model(source: Path, folder: Path, name: str) -> str:
         "bias": True,
         "activation": ACTIVATIONS[config.activation_function],
     }
+    names = {"block_size": "n_positions", "dropout": "resid_pdrop"}
+    runs.check_shape(shape, source / "config.json", names)
     tokenizer_file, chat_rows = hf_tokenizer.check(source, config.vocab_size)
     files = weight_files(source)
     tensors = from_hf(read_tensors(files))
-    tensors = runs.as_ours(tensors, shape, chat_rows, str(source), "config.json")
+    described = "config.json (c_* matrices as out, in)"  # as they stand after from_hf
+    tensors = runs.as_ours(tensors, shape, chat_rows, str(source), described)
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     origin = {"folder": str(source), "sha256": hashes}
     n_parameters = runs.write(folder, name, shape, tensors, origin)

@@ -62,7 +62,8 @@ def read_checkpoint(source: Path) -> dict:
     with runs.reading(source, "is not read as a ckpt.pt of nanoGPT"):
         found = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(found.get(key), dict) for key in ("model", "model_args")):
-            raise TypeError(f"it has {', '.join(map(str, found))}; wanted model and model_args")
+            there = ", ".join(f"{key} ({type(found[key]).__name__})" for key in found)
+            raise TypeError(f"it has {there}; wanted model and model_args, a dict each")
     return found
 
 
@@ -75,7 +76,9 @@ def read_shape(source: Path, arguments: dict) -> dict:
         either = " or ".join(map(str, ROWS))
         raise UserError(f"{source} has vocab_size={n_rows}; wanted {either}, of GPT-2's tokenizer")
     # nanoGPT computes the exact GELU, of GPT-2's own weights too.
-    return {**{name: arguments[name] for name in names}, "activation": "gelu"}
+    shape = {**{name: arguments[name] for name in names}, "activation": "gelu"}
+    runs.check_shape(shape, source)
+    return shape
 
 
 def main(config: NanoGPTConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ def reading(path: Path | str, said: str = "cannot be read") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many classes, each library has its own
-        reason = str(error).split(". ")[0]  # torch goes on with how to run a pickle's code
+        reason = str(error)
+        if isinstance(error, UnpicklingError):  # torch goes on with how to run a pickle's code
+            reason = reason.split(". ")[0]
         wrong = one_line(f"{type(error).__name__}: {reason}")[:300]
         raise UserError(f"{path} {said}: {wrong}") from None
 
@@ -45,12 +48,13 @@ def as_ours(
 ) -> dict[str, Tensor]:
     """The tensors of a GPTConfig's `shape`, in float32 and our order: each in its own shape, and
     none more. Integers, which are quantised, and what is not finite are refused. `described` names
-    what of `place` tells the shape; `chat_rows` as in `lay_out`.
+    what of `place` tells the shape, which `check_shape` has passed; `chat_rows` as in `lay_out`.
+    `tensors` is changed as well, so that none is held in two types.
     """
-    check_shape(shape, place)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{place} has {name}, a {type(tensor).__name__}; wanted a tensor")
+        if not is_plain(tensor):
+            wanted = "a tensor, dense and with its numbers"
+            raise UserError(f"{place} has {name}, a {type(tensor).__name__}; wanted {wanted}")
         if tensor.dtype not in DTYPES:
             wanted = ", ".join(map(str, DTYPES))
             raise UserError(f"{place} has {name} in {tensor.dtype}; wanted one of {wanted}")
@@ -76,14 +80,22 @@ def as_ours(
     return {name: tensors[name] for name in model.state_dict()}
 
 
-def check_shape(shape: dict, place: str) -> None:
+def is_plain(value: object) -> bool:
+    """Whether what a file holds is a tensor that is not sparse, nested or without its numbers."""
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_dense and not value.is_nested and not value.is_meta
+
+
+def check_shape(shape: dict, place: Path, names: dict[str, str] | None = None) -> None:
+    """Refuse a `shape` that no GPT-2 has; `names` are those that `place` has for some of ours."""
     sizes = [shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size")]
     if (
         not all(type(size) is int and 1 <= size < 2**31 for size in sizes)
         or shape["n_embd"] % shape["n_head"]
         or not (type(shape["dropout"]) in (int, float) and 0 <= shape["dropout"] < 1)
     ):
-        found = ", ".join(f"{name}={value!r}" for name, value in shape.items())
+        theirs = {name: name for name in shape} | (names or {})
+        found = ", ".join(f"{theirs[name]}={value!r}" for name, value in shape.items())
         wanted = "sizes of 1 or more, n_embd divisible by n_head, a dropout of 0 or more, below 1"
         raise UserError(f"{place} has {found}; wanted {wanted}")
 

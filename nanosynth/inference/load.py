@@ -1,5 +1,6 @@
 """A run's checkpoint as a model that is ready for inference: the one way to open a run."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +38,10 @@ def load(
     return LoadedRun(model, path, meta)
 
 
-def restored(path: Path, meta: dict) -> GPT:
+def restored(path: Path, meta: dict, *, copy: bool = True) -> GPT:
     """The model of a step folder; raises Damaged where the tensors are not of the shape that its
-    meta.json tells, before a model of a forged size is built.
+    meta.json tells, before a model of a forged size is built. Without `copy` it holds the tensors
+    as they are read, and takes no memory of its own.
     """
     tensors = checkpoint.read_model(path, meta)
     n_stored = sum(tensor.numel() for tensor in tensors.values())
@@ -49,6 +51,7 @@ def restored(path: Path, meta: dict) -> GPT:
             raise ValueError(f"{config.n_layer} layers of {len(tensors)} tensors")
         if config.n_weights > n_stored:
             raise ValueError(f"{config.n_weights} weights wanted, {n_stored} there")
-        model = GPT(config)
-        model.load_state_dict(tensors)
+        with contextlib.nullcontext() if copy else torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(tensors, assign=not copy)
     return model

@@ -518,13 +518,14 @@ def test_a_gpt2_brought_here_is_a_run_for_every_script(source, tiny_bins, tmp_pa
         ({"n_layer": None}, "'n_layer' expected int, got NoneType"),
         ({"n_layer": True}, "'n_layer' expected int, got bool"),
         ({"n_layer": 0}, "n_layer=0, .*; wanted sizes of 1 or more"),
+        ({"n_positions": 0}, "/config.json has .* n_positions=0, .*; wanted sizes of 1 or more"),
         ({"n_embd": 10**400}, "n_embd=10.*; wanted sizes of 1 or more"),
-        ({"n_layer": 10**9}, "its config.json: 29 tensors are not of 1,000,000,000 layers"),
+        ({"n_layer": 10**9}, r"config.json \(.*\): 29 tensors are not of 1,000,000,000 layers"),
         ({"n_embd": "16"}, r"'n_embd' expected int, got str \(value: '16'\)"),
-        ({"resid_pdrop": 1.0}, "dropout=1.0, .*; wanted .* below 1"),
+        ({"resid_pdrop": 1.0}, "resid_pdrop=1.0, .*; wanted .* below 1"),
         ({"vocab_size": 32000}, "vocab_size=32000; wanted 50257 to 50432"),
-        ({"n_layer": 3}, "of its config.json: Missing key.*transformer.h.2.ln_1.weight"),
-        ({"n_layer": 1}, "of its config.json: Unexpected key.*transformer.h.1.ln_1.weight"),
+        ({"n_layer": 3}, r"config.json \(.*\): Missing key.*transformer.h.2.ln_1.weight"),
+        ({"n_layer": 1}, r"config.json \(.*\): Unexpected key.*transformer.h.1.ln_1.weight"),
         ({"n_positions": 32}, r"mismatch for transformer.wpe.weight: .*\[16, 16\].*\[32, 16\]"),
         ({"vocab_size": 50304}, r"mismatch for .*wte.weight: .*\[50257, 16\].*\[50304, 16\]"),
     ],
@@ -540,7 +541,7 @@ def test_tensors_that_are_not_gpt2s_are_refused(source, tmp_path):
     tensors = tensors_of(source)
     name = "transformer.h.0.mlp.c_fc.weight"
     changed = {
-        "checkpoint, the shape in current": {name: tensors[name].t().contiguous()},
+        "(c_* matrices as out, in): size mismatch": {name: tensors[name].t().contiguous()},
         "with shape torch.Size([1, 16, 64])": {name: tensors[name][None].clone()},
         "c_fc.weight in torch.int8; wanted one of torch.float32": {
             name: tensors[name].to(torch.int8)
@@ -641,6 +642,15 @@ def test_the_source_tokenizer_is_checked(exported, tmp_path):
     with pytest.raises(UserError, match="'a' is id 0, wanted 64"):
         unigram = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}
         check("tokenizer.json", ours | {"model": unigram, "added_tokens": []})
+    others = [token for token in vocabulary if token != "<|endoftext|>"]  # is added beside them
+    same_ids = {"type": "Unigram", "unk_id": None, "vocab": [[token, 0.0] for token in others]}
+    word_level = {"type": "WordLevel", "unk_token": "[UNK]", "vocab": vocabulary}
+    for without in (same_ids, word_level):
+        with pytest.raises(UserError, match="other merges than GPT-2's"):
+            check("tokenizer.json", ours | {"model": without})
+    with pytest.raises(UserError, match="tokenizer.json cannot be read: .*UNK"):
+        words = {"model": model | {"unk_token": "[UNK]"}, "pre_tokenizer": {"type": "Whitespace"}}
+        check("tokenizer.json", ours | words)
     with pytest.raises(UserError, match="tokenizer.json cannot be read: "):
         check("tokenizer.json", {"model": 5})
 
@@ -669,6 +679,21 @@ def test_the_new_folder_must_be_new(exported, tmp_path):
     assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
     with pytest.raises(UserError, match="is not written: "):
         convert(run=exported.run_dir, to=tmp_path / "full" / "kept.txt" / "below")
+
+
+def test_a_file_is_named_whole():
+    with pytest.raises(UserError, match="no. 1/config.json"), runs.reading("a folder"):
+        raise FileNotFoundError(2, "No such file", "no. 1/config.json")
+
+
+def test_an_export_builds_no_second_model(exported, tmp_path, monkeypatch):
+    def normal_(tensor: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        assert tensor.is_meta
+        return tensor
+
+    monkeypatch.setattr(torch.nn.init, "normal_", normal_)
+    to = convert(run=exported.run_dir, to=tmp_path / "hf")
+    assert (to / WEIGHTS).read_bytes() == (exported.folder / WEIGHTS).read_bytes()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -18,6 +18,7 @@ from convert.runs import HEAD, WTE
 from nanosynth import UserError, tokenizer
 from tiny import load_run, random_ids
 
+C_FC = "transformer.h.0.mlp.c_fc.weight"
 MARKS = ["<|im_start|>", "<|im_end|>"]
 
 
@@ -282,12 +283,21 @@ REFUSED = {
     "added tokens in a list": (
         lambda f: [save_tokenizer(f),
                    (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": []}')],
-        "tokenizer_config.json is not as transformers writes it",
+        "hf has a tokenizer that is not as transformers writes it",
     ),
     "a pad token of two": (
         lambda f: [save_tokenizer(f),
                    (f / "tokenizer_config.json").write_text('{"pad_token": ["a", "b"]}')],
-        "tokenizer_config.json is not as transformers writes it",
+        "hf has a tokenizer that is not as transformers writes it",
+    ),
+    "a pad token of two, in the map": (
+        lambda f: [save_slow_tokenizer(f),
+                   (f / "special_tokens_map.json").write_text('{"pad_token": ["a", "b"]}')],
+        "hf has a tokenizer that is not as transformers writes it",
+    ),
+    "sparse": (
+        lambda f: with_tensors(f, lambda t: t | {C_FC: t[C_FC].to_sparse()}, PICKLE),
+        "c_fc.weight, a Tensor; wanted a tensor, dense",
     ),
     "int8": (lambda f: with_tensors(f, cast(torch.int8)), "in torch.int8; wanted one of"),
     "an adapter": (

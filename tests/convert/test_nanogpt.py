@@ -168,6 +168,7 @@ def test_a_ckpt_elsewhere_is_answered_with_the_command(tiny_bins, tmp_path):
         hf.main(hf.HFConfig(source=str(tmp_path), to=str(tmp_path / "x")))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_is_no_checkpoint_of_gpt2_is_refused(tmp_path):
     def refused() -> str:
         with pytest.raises(UserError) as error:
@@ -182,7 +183,7 @@ def test_what_is_no_checkpoint_of_gpt2_is_refused(tmp_path):
     torch.save([Path("x")], path)
     assert "Weights only load failed" in refused()
     torch.save({"weights": 1}, path)
-    assert "it has weights; wanted model and model_args" in refused()
+    assert "it has weights (int); wanted model and model_args" in refused()
     write_checkpoint(path, vocab_size=65)
     assert "has vocab_size=65; wanted 50257 or 50304" in refused()
     write_checkpoint(path)
@@ -203,7 +204,11 @@ def test_what_is_no_checkpoint_of_gpt2_is_refused(tmp_path):
     torch.save(content | {"model_args": content["model_args"] | {"n_layer": 10**9}}, path)
     assert "its model_args: 16 tensors are not of 1,000,000,000 layers" in refused()
     torch.save(content | {"model": [1]}, path)
-    assert "wanted model and model_args" in refused()
+    assert "it has model (list), " in (said := refused()) and "model_args, a dict each" in said
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for tensor in (torch.eye(4).to_sparse(), nested, torch.ones(2, device="meta")):
+        torch.save(changed(**{WTE: tensor}), path)
+        assert f"has {WTE}, a Tensor; wanted a tensor, dense and with" in refused()
     torch.save(changed(**{WTE: "x"}), path)
     assert f"has {WTE}, a str; wanted a tensor" in refused()
     arguments = {key: value for key, value in content["model_args"].items() if key != "bias"}

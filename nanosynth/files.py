@@ -65,8 +65,11 @@ def temporary(path: Path, kind: str = "tmp") -> Path:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`: a crash leaves the old content or the new, never a part.
 
-    A text is UTF-8; the bytes of a path that are none stand in it as escapes.
+    A text is UTF-8; the bytes of a path that are none stand in it as escapes. A device or a pipe is
+    no file to replace: OSError.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "no plain file, and is not replaced", str(path))
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
     unfinished = temporary(path)

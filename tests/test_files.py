@@ -124,3 +124,10 @@ def test_a_folder_in_the_place_of_a_file(path, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         files.write_atomically(Path(path), "x")
     assert [found.name for found in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        files.write_atomically(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()

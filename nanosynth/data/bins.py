@@ -88,7 +88,7 @@ class BinWriter:
             is_folder = self.partial.is_dir() and not self.partial.is_symlink()
             names = os.listdir(self.partial) if is_folder else [""]
             older = {f"{name}.spool" for name in FILES}  # of version 0.1.0
-            if {*names} - {*older, *SPOOLS, *FILES, *LABELS, PICTURE}:
+            if {*names} - {*older, *SPOOLS, *FILES, *LABELS, PICTURE, "meta.json"}:
                 raise UserError(f"{self.partial} is not of prepare.py; move it away")
 
     def add(self, ids: Sequence[int], mask: Sequence[int]) -> None:
@@ -148,6 +148,8 @@ class BinWriter:
             "files": {name: self._files[name] for name in FILES},
             "label_files": {name: self._files[name] for name in LABELS if name in self._files},
         }
+        with HashedFile(self.partial / "meta.json") as file:
+            file.write(json.dumps(meta, indent=2).encode())
         pictures = [PICTURE] if self._owns_picture else []
         for name in (*pictures, "meta.json", CHECKED, *LABELS):
             (self.data_dir / name).unlink(missing_ok=True)
@@ -157,7 +159,8 @@ class BinWriter:
         for name in (*sorted(self._files, key=lambda name: "_mask" not in name), *pictures):
             os.replace(self.partial / name, self.data_dir / name)
         sync(self.data_dir)
-        write_atomically(self.data_dir / "meta.json", json.dumps(meta, indent=2))  # vouches for all
+        os.replace(self.partial / "meta.json", self.data_dir / "meta.json")  # vouches for all
+        sync(self.data_dir)
 
     def __enter__(self) -> "BinWriter":
         return self

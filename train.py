@@ -79,7 +79,7 @@ class TrainConfig(settings.Settings):
         600.0, "a step, with what is due, that takes longer ends the run", above=0, at_most=1e6
     )
 
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    dtype: settings.DTYPE = setting(
         "auto", "auto: float16 on CUDA, bfloat16 on a CPU that has it", group="The machine"
     )
     compile: bool | Literal["auto"] = setting("auto", "torch.compile; auto: on CUDA")

@@ -44,7 +44,7 @@ class ModelConfig(settings.Settings):
     n_embd: int = setting(768, "channels", at_least=1)
     block_size: int = setting(1024, "context, in tokens", at_least=1)
     device: str = setting("cpu", "cpu or cuda")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+    dtype: settings.DTYPE = setting(
         "auto", "ours and transformers'; auto: float16 on CUDA, bfloat16 on a CPU that has it"
     )
 

@@ -139,6 +139,7 @@ def token_text(id: int) -> bytes:
     return encoding().decode_single_token_bytes(id) if id < N_IDS else f"<|{id}|>".encode()
 
 
+@functools.cache
 def token_bytes() -> np.ndarray:
     """(VOCAB_SIZE,) int64: the bytes of text behind each id; 0 for special and padding ids."""
     lengths = [len(token_text(id)) for id in range(END_OF_TEXT)]

@@ -11,6 +11,7 @@ Usage:
     python -m benchmarks.recipe --report=True   # tables and pictures of what is there
 """
 
+import functools
 import itertools
 import json
 import math
@@ -41,6 +42,7 @@ LADDERS = {
     "warmup": (0.05, 0.1, 0.3),  # a share of the steps
     "weight_decay": (0.01, 0.1, 0.3),
     "zero_init": (False, True),
+    "position_share": (0.25, 0.5, 1.0, 2.0, 4.0),  # of the tokens' rate, for the positions
 }
 KNOBS = (*RATES, *LADDERS)
 # Where the search begins: what is best of what was tried at 3 x 64 and 250 steps.
@@ -53,6 +55,7 @@ START = {
         "warmup": 0.3,
         "weight_decay": 0.1,
         "zero_init": False,
+        "position_share": 1.0,
     },
     "muon": {
         "learning_rate": 0.024,
@@ -62,6 +65,7 @@ START = {
         "warmup": 0.1,
         "weight_decay": 0.1,
         "zero_init": False,
+        "position_share": 1.0,
     },
 }
 
@@ -106,7 +110,8 @@ from benchmarks.step import new_log
 from nanosynth import files, tokenizer
 from nanosynth.data import bins
 from nanosynth.table import table
-from nanosynth.training import distributed
+from nanosynth.training import distributed, optim
+from nanosynth.training.optim import parameter_groups
 
 
 class Runs:
@@ -145,7 +150,7 @@ def run(config: RecipeConfig, cell: dict) -> Curve:
     """Train by train.py's steps, evaluate by its evaluation; nothing else is written."""
     data_dir, vocab_size = cut_vocabulary(config)
     tuned = {name: cell[name] for name in ("optimizer", *KNOBS, "seed")}
-    warmup = tuned.pop("warmup")
+    warmup, position_share = tuned.pop("warmup"), tuned.pop("position_share")
     whole = train.TrainConfig(
         **SIZES[cell["size"]],
         **tuned,
@@ -161,7 +166,11 @@ def run(config: RecipeConfig, cell: dict) -> Curve:
         min_learning_rate=MIN_LEARNING_RATE_SHARE * cell["learning_rate"],
     )
     world = distributed.World(rank=0, size=1, device=torch.device("cpu"))
-    with mock.patch.object(tokenizer, "VOCAB_SIZE", vocab_size):
+    groups = functools.partial(groups_with_positions, position_share)
+    with (
+        mock.patch.object(tokenizer, "VOCAB_SIZE", vocab_size),
+        mock.patch.object(optim, "parameter_groups", groups),
+    ):
         made = train.build(whole, world, train.open_splits(whole))
     log, curve = new_log(made), []
     for step in range(made.max_steps):
@@ -171,6 +180,14 @@ def run(config: RecipeConfig, cell: dict) -> Curve:
                 [(step + 1) * made.tokens_per_step, train.evaluate(made, made.n_eval_rows)]
             )
     return curve
+
+
+def groups_with_positions(share: float, *arguments: object) -> list[dict]:
+    """parameter_groups, but the positions at this share of the tokens' rate: no setting has it."""
+    embeddings, *others = parameter_groups(*arguments)
+    tokens, positions = embeddings["params"]
+    at_share = {"params": [positions], "lr_share": share * embeddings["lr_share"]}
+    return [embeddings | {"params": [tokens]}, *others, embeddings | at_share]
 
 
 def cut_vocabulary(config: RecipeConfig) -> tuple[str, int]:

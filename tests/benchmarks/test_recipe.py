@@ -7,7 +7,7 @@ import pytest
 from benchmarks import recipe
 from nanosynth import UserError
 from nanosynth.data import bins
-from tiny import write_bins
+from tiny import tiny_model, write_bins
 
 CONFIG = recipe.RecipeConfig()
 
@@ -136,6 +136,13 @@ def test_a_run_learns_and_is_not_made_again(small, monkeypatch, optimizer):
     assert recipe.Runs(small).curve(json.loads(json.dumps(cell))) == curve
     with pytest.raises(TypeError):  # another seed is another run
         runs.curve({**cell, "seed": 43})
+
+
+def test_positions_move_at_their_share_of_the_tokens_rate():
+    model = tiny_model()
+    tokens, _, _, positions = recipe.groups_with_positions(0.5, model, 0.1, 3.0)
+    assert tokens["params"] == [model.transformer.wte.weight] and tokens["lr_share"] == 3.0
+    assert positions["params"] == [model.transformer.wpe.weight] and positions["lr_share"] == 1.5
 
 
 def test_an_unknown_contender_or_knob_is_named():

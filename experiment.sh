@@ -28,10 +28,11 @@ prepare() { # SOURCE FOLDER FLAGS
 }
 text_bytes() { # FOLDER: of both splits
   python -c 'import json, sys; splits = json.load(open(sys.argv[1]))["splits"]
-print(sum(split["text_bytes"] for split in splits.values()))' "$1/meta.json"
+print(sum(split["text_bytes"] for split in splits.values()))' "$1/meta.json" 2>/dev/null ||
+    { echo "$1/meta.json does not tell the bytes of text: remove it, and run this again" >&2; exit 1; }
 }
-last_step() { # RUN: the name of its last checkpoint, once it has begun
-  python -c 'import json, sys; print("step_%06d" % json.load(open(sys.argv[1]))["max_steps"])' "$1/config.json"
+last_step() { # RUN: the name of its last checkpoint, once it has begun; train.py mends a torn config.json
+  python -c 'import json, sys; print("step_%06d" % json.load(open(sys.argv[1]))["max_steps"])' "$1/config.json" 2>/dev/null
 }
 is_trained() { # RUN
   [ -e "$1/latest" ] && [ "$(<"$1/latest")" = "$(last_step "$1")" ]
@@ -50,7 +51,8 @@ for size in $sizes; do # before hours are spent, and before the data is there by
 done
 prepare "$source" "$data"
 if [ -n "$control" ]; then # as much text, and no more of what may be the whole web
-  prepare "$control" "data/$(folder_name "$control")" --max_bytes="$(text_bytes "$data")"
+  max_bytes=$(text_bytes "$data")
+  prepare "$control" "data/$(folder_name "$control")" --max_bytes="$max_bytes"
 fi
 
 for size in $sizes; do

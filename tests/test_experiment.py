@@ -44,7 +44,12 @@ def experiment(tmp_path):
         (tmp_path / "calls").write_text("")
         env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SOURCE": "a/b", "SIZES": "demo", **env}
         done = subprocess.run(
-            ["bash", "experiment.sh"], cwd=tmp_path, env=env, capture_output=True, text=True
+            ["bash", "experiment.sh"],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         return done.returncode, done.stdout, (tmp_path / "calls").read_text().splitlines()
 
@@ -108,3 +113,16 @@ def test_seeds_sizes_gpus_and_a_control(experiment):
     runs = "--run=out/b/1b-42 --run=out/b/1b-43 --control=out/b/1b-control"
     assert verdicts[1] == f"verdict {runs} --output_dir=out/b/1b --tasks="
     assert verdicts[2].count("--run=") == 4 and verdicts[2].endswith("report --output_dir=out/b")
+
+
+def test_edited_descriptions_are_said_or_mended(experiment, tmp_path):
+    experiment()
+    (tmp_path / "out/b/demo-42/config.json").write_text("{")
+    code, _, calls = experiment()
+    assert code == 0 and scripts(calls) == [*BEFORE, "train.py", *AFTER]
+    (tmp_path / "data/b/meta.json").write_text('{"splits": 3}')
+    code, said, calls = experiment(CONTROL="web.jsonl")
+    assert code == 1 and scripts(calls) == BEFORE
+    assert said.endswith(
+        "meta.json does not tell the bytes of text: remove it, and run this again\n"
+    )

@@ -8,7 +8,7 @@ from nanosynth.schema import KINDS
 from nanosynth.terminal import one_line
 from verdict.runs import Run
 
-MOST_NATS = 700  # beyond, a perplexity is no number
+MOST_NATS = 700  # beyond, a perplexity is no number, or 0
 GAP_STEPS = 128  # training steps whose mean loss stands beside a validation loss
 
 
@@ -53,11 +53,8 @@ def fall(run: Run) -> float | None:
     evaluations from half of the tokens on; what the schedule's decay does is part of it.
     """
     losses = loss_at(run)
-    late = [tokens for tokens in losses if 2 * tokens >= max(losses) and tokens]
-    if len(late) < 2:
-        return None
-    slope, _ = linear_regression([log2(tokens) for tokens in late], [losses[t] for t in late])
-    return -slope
+    late = {log2(t): loss for t, loss in losses.items() if 2 * t >= max(losses) and t}
+    return -linear_regression([*late], [*late.values()]).slope if len(late) > 1 else None
 
 
 def figures(run: Run) -> dict[str, float]:
@@ -96,7 +93,7 @@ def by_position(run: Run) -> list[tuple[str, float, int]]:
             part["tokens"],
         )
         for part in run.perplexity.get("by_position", ())
-        if part["loss"] < MOST_NATS
+        if abs(part["loss"]) < MOST_NATS
     ]
 
 

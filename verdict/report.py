@@ -212,7 +212,7 @@ def zero_shot(run: Run) -> list[dict]:
     """Each task's score and interval beside chance and other models' published figures."""
     published, found = run.tasks.get("published", {}), []
     for task, scored in run.tasks.get("zero_shot", {}).items():
-        one = {"task": task, "stderr": None, "chance": None, **scored}
+        one = {"stderr": None, "chance": None, **scored, "task": task}
         half = 1.96 * one["stderr"] if KINDS["number"](one["stderr"]) else 0
         interval = [one["score"] - half, one["score"] + half]
         others = published.get(task, ())

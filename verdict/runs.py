@@ -6,6 +6,7 @@ does not fit is left out and noted here, so that whoever has a `Run` finds the r
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -71,8 +72,8 @@ class Run:
     @property
     def scored_step(self) -> int | None:
         """The step that eval_ppl.json is of."""
-        step = Path(self.perplexity.get("checkpoint", "")).name.removeprefix("step_")
-        return int(step) if step.isdecimal() else None
+        step = re.search("step_([0-9]{1,18})/?$", self.perplexity.get("checkpoint", ""))
+        return int(step[1]) if step else None
 
 
 def read(path: str) -> Run:

@@ -15,7 +15,8 @@ TRAIN_LINE = fields(
 VAL_LINE = fields("split:val step:count loss:number|null seconds:number device_hours?:number")
 END_LINE = fields("split:end step:count device_hours:number")
 SAMPLE = fields(
-    "prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean obeys?:boolean"
+    "prompt:text text:text finish:text tokens:count coherent?:boolean exact?:boolean "
+    "obeys?:boolean set?:text mode?:text sample?:count"
 )
 CHECKPOINT = fields("step:count", identity=fields("data_sha256?:text|null") | {"model?": {}})
 # null, or NaN in an older file: of a model that diverged.
@@ -44,7 +45,7 @@ TASKS = {
     "zero_shot?": {
         "*": fields(
             "metric:text score:number|nan n:count stderr?:number|nan|null chance?:number|null "
-            "limit?:count"
+            "limit?:count asked_as?:text"
         )
     },
     "published?": {"*": [fields("model:text score:number source:text metric?:text")]},

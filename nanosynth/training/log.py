@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanosynth import UserError, settings, terminal
 from nanosynth.device import memory_gb, model_flops_utilisation
 from nanosynth.files import not_through_a_link, set_aside, write_atomically
+from nanosynth.schema import misfit
 from nanosynth.training.distributed import World
 
 
@@ -33,10 +34,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_at: int, say: Callable[[str], None] = terminal.say):
         self._say = say
-        self._file = open(path, "ab", buffering=0, opener=not_through_a_link)
+        self._file = open(path, "a+b", buffering=0, opener=not_through_a_link)
         self._file.truncate(min(resume_at, self._file.tell()))
-        self._file.seek(0, os.SEEK_END)
-        self._unwritten = b""  # what a full disk has kept back
+        size = self._file.seek(0, os.SEEK_END)
+        is_torn = os.pread(self._file.fileno(), 1, max(0, size - 1)) not in (b"", b"\n")
+        # What a full disk has kept back. A line that was cut by hand takes no record with it.
+        self._unwritten = b"\n" if is_torn else b""
 
     def write(self, record: dict) -> None:
         """Append a line; while the disk refuses it, it waits in memory for the next write."""
@@ -73,9 +76,10 @@ def device_hours(path: Path) -> float:
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in reversed(lines):
-        # It is torn, of an old run, or edited.
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return float(json.loads(line)["device_hours"])
+        with contextlib.suppress(ValueError, RecursionError):  # torn, of an old run, or edited
+            record = json.loads(line)
+            if not misfit(record, {"device_hours": "positive"}):
+                return float(record["device_hours"])
     return 0.0
 
 
@@ -335,6 +339,8 @@ def write_config(path: Path, facts: dict, *, first_step: int) -> str:
     A resumed run has several starts, on other devices perhaps. Names no host and no user.
     """
     earlier = _starts(path)
+    if path.exists() and not earlier:  # a resumed run's, edited by hand
+        terminal.say(f"{path} cannot be read; it is now {set_aside(path, 'damaged')}")
     this = {
         "id": str(earlier and earlier[-1].get("id") or secrets.token_hex(8)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

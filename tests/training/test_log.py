@@ -114,6 +114,16 @@ def test_a_file_shorter_than_the_checkpoint_knows_is_not_padded(tmp_path):
     assert path.read_text() == '{"step": 0}\n'
 
 
+def test_a_line_that_was_cut_by_hand_takes_no_record_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"st')
+    file = MetricsFile(path, 1000)
+    file.write({"step": 2})
+    assert file.size() == path.stat().st_size
+    file.close()
+    assert path.read_text() == '{"step": 0}\n{"st\n{"step": 2}\n'
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("old\n")
@@ -136,6 +146,14 @@ def test_a_run_keeps_its_starts(tiny_bins, tmp_path):
     assert config["torch"] == torch.__version__ and config["python"]
     first, second = (start["id"] for start in config["starts"])  # wandb goes on with the same run
     assert first == second != starts(tmp_path / "other.json")[0]["id"] and len(first) == 16
+
+
+def test_a_torn_config_is_kept_beside_the_new_one(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"starts": [{"comm')
+    assert [start["first_step"] for start in starts(path, 3)] == [3]
+    assert "config.json.damaged" in capsys.readouterr().out
+    assert (tmp_path / "config.json.damaged").read_text() == '{"starts": [{"comm'
 
 
 def test_the_command_is_kept_as_it_was_given(tmp_path, monkeypatch):
@@ -186,7 +204,11 @@ def test_hours_over_the_budget_are_foretold_once_and_not_from_the_first_steps():
     log.close()
 
 
-@pytest.mark.parametrize("line", ['{"device_hours": 1' + "0" * 400 + "}", "[" * 100_000, "{}", "x"])
+HOURS = ("1" + "0" * 400, "1e999", "NaN", "-1", "true", '"9"', "null")
+EDITED = [*(f'{{"device_hours": {hours}}}' for hours in HOURS), "[" * 100_000, "{}", "x", "[]"]
+
+
+@pytest.mark.parametrize("line", EDITED)
 def test_device_hours_of_an_edited_file(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{{"device_hours": 2.5}}\n{line}\n')
     assert device_hours(tmp_path / "metrics.jsonl") == 2.5

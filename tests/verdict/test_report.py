@@ -10,7 +10,7 @@ import pytest
 
 from nanosynth import UserError, checkpoint
 from tiny import command, train_run
-from verdict import criteria, curves, figures, quality, report, runs
+from verdict import control, criteria, curves, figures, quality, report, runs
 from verdict.__main__ import VerdictConfig
 from verdict.criteria import FAIL, NOT_MEASURED, PASS
 from verdict.events import find_events
@@ -378,6 +378,8 @@ def test_the_fall_a_doubling_of_tokens():
     assert figures.figures(run)["validation loss, fall a doubling of tokens"] == pytest.approx(0.1)
     run.val = run.val[-1:]
     assert figures.fall(run) is None
+    run.val = [val_record(2**62 + n, 3.0) for n in range(2)]  # one and the same to a logarithm
+    assert figures.fall(run) is None
 
 
 def test_perplexity_by_position_in_the_context():
@@ -385,6 +387,7 @@ def test_perplexity_by_position_in_the_context():
         {"before": [1, 1], "loss": math.log(50), "tokens": 7},
         {"before": [1025, 2048], "loss": math.log(9), "tokens": 1400},
         {"before": [2, 2], "loss": math.nan, "tokens": 1},
+        {"before": [2, 2], "loss": -1e100, "tokens": 1},
     ]
     run = runs.Run(path="x", perplexity=perplexity_of(9.0, by_position=parts))
     rows = report.position_table(run).cells()
@@ -655,6 +658,31 @@ def test_no_value_of_another_kind_breaks_the_report(tmp_path, name):
             seen.add(key)
             page = (place + number) % 4 == 0  # each kind at some place, to save time
             json.dumps(compose(first, read, page=page)[1], allow_nan=False)
+
+
+FORGED = (
+    *(("asked_as", []), ("task", {}), ("others", 3)),
+    *(("set", [1]), ("mode", {}), ("sample", "x")),
+)
+
+
+@pytest.mark.parametrize(("key", "value"), FORGED)
+def test_no_key_of_another_kind_breaks_what_reads_it(tmp_path, key, value):
+    """Keys that not every file has."""
+    files = files_of_every_kind()
+    files["tasks.json"]["zero_shot"]["quiz"][key] = value
+    sample = files["generations.jsonl"] | {"set": "prompts", key: value}
+    path = write_run(tmp_path / "x", tasks=files["tasks.json"])
+    (tmp_path / "x" / "generations.jsonl").write_text(json.dumps(sample))
+    run = runs.read(path)
+    assert bool(run.tasks) == (key != "asked_as")
+    assert bool(list(control.prompts(run, run))) == (key not in ("set", "mode", "sample"))
+    compose(run)
+
+
+@pytest.mark.parametrize("step", ["9" * 5000, "\u0663", "7/x", ""])
+def test_a_checkpoint_of_no_step_is_of_none(step):
+    assert runs.Run(path="x", perplexity={"checkpoint": f"out/x/step_{step}"}).scored_step is None
 
 
 def test_a_bug_of_the_report_is_not_a_file_left_out(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ class PrepareConfig(settings.Settings):
             shares = [float(part) for part in self.weights.split(",")]
         except ValueError:
             shares = [0.0]
-        if not all(0 < share < math.inf for share in shares):
+        if not all(0 < share < math.inf for share in (*shares, sum(shares))):
             self.refuse("weights", "wanted numbers above 0, as 0.7,0.3")
         return [share / sum(shares) for share in shares]
 
@@ -297,6 +297,10 @@ def choose(
     if not config.weights:
         return np.ones(len(documents), dtype=bool), []
     group = np.array([part.source for part in source.parts])[documents["part"]]
+    in_training = np.bincount(group[documents["split"] == 0], minlength=len(config.source))
+    if len(documents) and not in_training.all():
+        name = config.source[in_training.argmin()]
+        config.refuse("weights", f"no document of {name} is in training; leave it out")
     chosen = stats.weighted_choice(documents, group, config.shares(), config.seed)
     left_out = conversations.Reject("left out by --weights")
     for part, row in documents[["part", "row"]][~chosen].tolist():

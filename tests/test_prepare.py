@@ -441,6 +441,10 @@ def test_weights_sample_each_source_to_its_share_of_training_tokens(tmp_path, ca
     assert "75.0% wanted" in " ".join(capsys.readouterr().out.split())
     prepared("again", weights="0.75,0.25")
     assert tiny_bins(tmp_path / "again") == tiny_bins(tmp_path / "part")
+    for rows in ([], [[1]], [{"text": "short number 5 word word "}]):  # the last: a duplicate
+        write_jsonl(Path(paths[1]), rows)
+        with pytest.raises(UserError, match="--weights=3,1; no document of .*long.jsonl is in"):
+            prepared("lacking", weights="3,1")
 
 
 def documents_of_run(meta: dict, data_dir: Path) -> list[str]:
@@ -461,6 +465,7 @@ def documents_of_run(meta: dict, data_dir: Path) -> list[str]:
     [
         ({"weights": "0.5"}, "--weights=0.5; wanted one for each --source: 2"),
         ({"weights": "0.5,0"}, "--weights=0.5,0; wanted numbers above 0"),
+        ({"weights": "1e308,1e308"}, "--weights=1e308,1e308; wanted numbers above 0"),
         ({"weights": "a,b"}, "--weights=a,b; wanted numbers above 0"),
         ({"document_separator": " "}, "--document_separator= ; wanted some text"),
     ],

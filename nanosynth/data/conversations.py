@@ -33,7 +33,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(
-        "assistant gpt chatgpt bing bard claude gemini model bot ai".split(), "assistant"
+        "assistant gpt chatgpt bing bard claude gemini model bot chatbot ai".split(), "assistant"
     ),
 }
 TOOL_CALLS = ("tool_calls", "function_call")  # columns of a turn
@@ -67,8 +67,11 @@ class PlainText(str):
 
 def named_columns(text: str) -> Columns:
     """COLUMNS as --columns changes them, 'user=question,assistant=reply'; 'system=': none."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    named = {use.strip(): (column.strip(),) if column.strip() else () for use, _, column in pairs}
+    parts = (part.partition("=") for part in text.split(",") if part.strip())
+    pairs = [(use.strip(), equals, column.strip()) for use, equals, column in parts]
+    named: dict[str, tuple[str, ...]] = {use: () for use, _, _ in pairs}
+    for use, _, column in pairs:
+        named[use] += (column,) if column else ()
     if not all(equals for _, equals, _ in pairs) or not named.keys() <= COLUMNS.keys():
         uses = ", ".join(COLUMNS)
         raise UserError(f"--columns={text}; wanted USE=COLUMN,USE=COLUMN of the uses {uses}")

@@ -32,6 +32,7 @@ FOREIGN = {  # what a file may be in spite of its name; in lower case
     b"<!doctype": "a web page",
     b"<html": "a web page",
 }
+ARROW_STREAM = b"\xff\xff\xff\xff"  # before the length of its first message
 HEAD_BYTES = 1 << 20  # enough for some rows
 END_OF_FILE = b"\xff"  # a byte that UTF-8 never has
 LONGEST = 1 << 28  # bytes of a line, or of a document of text
@@ -91,7 +92,7 @@ def rows(raw: BinaryIO, part: Part) -> Iterator[object]:
     if head.startswith(b"PAR1") or kind == ".parquet":
         yield from _parquet_rows(file, part)
         return
-    if head.startswith(b"ARROW1") or kind == ".arrow":
+    if head.startswith((b"ARROW1", ARROW_STREAM)) or kind == ".arrow":
         found = _arrow_rows(file, part)
     else:
         utf8.check(head, path)

@@ -184,9 +184,13 @@ def is_rejects(path: Path) -> bool:
 
 
 def _saved_split(folder: Path, split: str) -> Path:
-    names = json.loads((folder / SPLITS_FILE).read_bytes())["splits"]
+    try:
+        names = json.loads((folder / SPLITS_FILE).read_bytes())["splits"]
+        said = ", ".join(names)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / SPLITS_FILE} does not name the splits ({error!r})") from None
     if (split or "train") not in names:
-        raise UserError(f"{folder} has the splits {', '.join(names)}; name one by --split")
+        raise UserError(f"{folder} has the splits {said}; name one by --split")
     return folder / (split or "train")
 
 

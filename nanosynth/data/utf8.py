@@ -1,6 +1,7 @@
 """Text that is to be UTF-8: lines of a prompt file, and the name of another encoding."""
 
 import codecs
+from functools import partial
 from pathlib import Path
 
 from nanosynth import UserError
@@ -18,14 +19,24 @@ def check(head: bytes, path: Path) -> None:
 
     `head`: its first 1,024 bytes or more.
     """
+    head = head[:1024]
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
-    zeros = {place % 4 for place, byte in enumerate(head[:1024]) if not byte}
     # Of two bytes a character are at least spaces and newlines, one in fifty or more.
-    if not name and zeros and head[:1024].count(0) * 50 >= len(head[:1024]):
-        bits = 16 if zeros <= {0, 2} or zeros <= {1, 3} else 32
-        name = f"UTF-{bits}{'BE' if 0 in zeros else 'LE'}"
+    if not name and 0 < len(head) <= 50 * head.count(0):
+        # The higher bytes are those of few values.
+        order = "LE" if len({*head[1::2]}) < len({*head[::2]}) else "BE"
+        name = next(filter(partial(_is_text, head), (f"UTF-32{order}", f"UTF-16{order}")), "")
+        if not name:
+            raise UserError(f"{path} is no text: it has bytes of zero")
     if name:
         raise UserError(f"{path} is {name}, not UTF-8; turn it by: iconv -f {name} -t UTF-8 {path}")
+
+
+def _is_text(head: bytes, encoding: str) -> bool:
+    try:
+        return "\0" not in codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
 
 
 def lines(path: Path) -> list[tuple[int, str]]:

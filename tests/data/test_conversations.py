@@ -62,6 +62,7 @@ def row(*turns: object) -> dict:
         (row({"from": " USER", "value": "Hi"}, {"from": "ChatGPT", "value": "Yo"}), PAIR),
         (row({"from": "developer", "value": "S"}, {"role": "Human", "content": "Hi"},
              {"from": "bing", "value": "Yo"}), [SYSTEM, *PAIR]),
+        (row({"role": "Prompter", "text": "Hi"}, {"role": "chatbot", "text": "Yo"}), PAIR),
         ({"messages": [{"role": "user", "content": PARTS}, MESSAGES[1]]}, PAIR),
         ({"prompt": "Hi", "response": "Yo"}, PAIR),
         ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, PAIR),
@@ -182,6 +183,9 @@ def test_columns_as_the_user_names_them():
     found = {"output": "b", "response": "Yo", "prompt": "Hi"}
     columns = conversations.named_columns("assistant=response")
     assert conversations.conversation(found, columns) == PAIR
+    columns = conversations.named_columns("user=ask,user=query,assistant=say")
+    for ask in ({"ask": "Hi", "query": "x"}, {"query": "Hi"}):
+        assert conversations.conversation({**ask, "say": "Yo"}, columns) == PAIR
     assert conversations.conversation({"body": "Hi"}, conversations.named_columns("text=body"))
     for wrong in ("question", "asker=question", "user:question"):
         with pytest.raises(UserError, match="--columns=.*wanted USE=COLUMN.*user, input, assist"):

@@ -92,6 +92,9 @@ def test_a_first_line_that_is_broken_costs_no_other(tmp_path):
         (LINES.decode().encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
         (LINES.decode().encode("utf-32-le"), "is UTF-32LE, not UTF-8"),
         ("Привет, мир. Как дела?\n".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
+        ("一开始，一个人。\n最后一天？\n".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
+        ("一开始，一个人。\n最后一天？\n".encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
+        (b"SQLite format 3\0" + bytes(100), "is no text: it has bytes of zero"),
         (b"PK\x03\x04...", "is a zip archive"),
         (b"<!doctype html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
@@ -198,6 +201,12 @@ def test_arrow_files_and_what_datasets_saves(tmp_path):
     assert rows_of(tmp_path / "two", split="test") == ROWS[1:2]
     with pytest.raises(UserError, match="has the splits train, test; name one by --split"):
         rows_of(tmp_path / "two", split="val")
+    [stream] = (tmp_path / "one").glob("*.arrow")
+    assert rows_of(stream.rename(tmp_path / "stream.jsonl")) == ROWS
+    for broken in ("{}", "", '{"splits": [1]}'):
+        write(tmp_path / "two" / "dataset_dict.json", broken)
+        with pytest.raises(UserError, match="dataset_dict.json does not name the splits"):
+            rows_of(tmp_path / "two")
     table = pyarrow.Table.from_pylist(ROWS)
     with pyarrow.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as writer:
         writer.write_table(table)

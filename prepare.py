@@ -163,7 +163,7 @@ def rejects_file(path: str, source: sources.Source) -> Iterator[TextIO | None]:
     if os.path.lexists(path):
         if not sources.is_rejects(Path(path)):
             raise UserError(f"--rejects={path} is there, and is no file of rejects; name a new one")
-        if any(part.path and part.path.samefile(path) for part in source.parts):
+        if any(part.path and part.size and part.path.samefile(path) for part in source.parts):
             raise UserError(f"--rejects={path} is among the sources; name another file")
     partial = temporary(Path(path), "rejects")
     try:
@@ -333,8 +333,8 @@ def check_usable(
     for number, split in enumerate(bins.SPLITS):
         if number not in kept["split"]:
             mend = f"another --val_fraction or --seed than {config.val_fraction} and {config.seed}"
-            if len(kept) == 1:
-                mend = "more rows or, for a text, --document_separator='\\n\\n' (empty lines)"
+            if (kept["all_turns"] == kept["all_turns"][:1]).all():
+                mend = "more questions or, for a text, --document_separator='\\n\\n' (empty lines)"
             raise UserError(f"no document of {len(kept)} fell to {split}; {mend} will mend it")
 
 

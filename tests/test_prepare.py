@@ -501,11 +501,17 @@ def test_rejects_that_cannot_be_written_are_one_line(tmp_path):
 
 def test_a_rejects_file_is_no_source(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
-    rejects = tmp_path / "rejects.jsonl"
-    rejects.write_text("")
-    config = {"source": (str(tmp_path),), "data_dir": str(tmp_path / "data"), "picture": False}
+    rejects = str(tmp_path / "rejects.jsonl")
+    config = {"data_dir": str(tmp_path / "data"), "picture": False, "rejects": rejects}
+    for broken in ("", "", "{\n", ""):  # it is empty, empty, with a row, and empty again
+        write_jsonl(tmp_path / "in.jsonl", QUESTIONS)
+        with open(tmp_path / "in.jsonl", "a") as file:
+            file.write(broken)
+        prepare.main(prepare.PrepareConfig(source=(str(tmp_path),), **config))
+        assert bool(Path(rejects).stat().st_size) == bool(broken)
+    Path(rejects).write_text(json.dumps(dict.fromkeys(sources.REJECT_KEYS, "x")))
     with pytest.raises(UserError, match="--rejects=.* is among the sources"):
-        prepare.main(prepare.PrepareConfig(**config, rejects=str(rejects)))
+        prepare.main(prepare.PrepareConfig(source=(str(tmp_path / "in.jsonl"), rejects), **config))
 
 
 def test_names_without_end_among_the_reasons_are_told_apart_up_to_a_limit(tmp_path, monkeypatch):
@@ -556,6 +562,8 @@ def test_a_split_of_a_source_that_has_none_is_refused(tmp_path):
 def test_one_text_alone_is_to_be_parted(tmp_path):
     with pytest.raises(UserError, match="no document of 1 fell to .*--document_separator='.n.n'"):
         run(tmp_path, [{"text": "Once upon a time."}])
+    with pytest.raises(UserError, match="no document of 9 fell to .*; more questions or"):
+        run(tmp_path, [chat_row("Write.", f"Text {number}.") for number in range(9)])
 
 
 def test_bins_beside_what_they_are_made_of(tmp_path):

@@ -107,8 +107,14 @@ def conversation(
     return turns
 
 
-def _is_absent(value: object) -> bool:
-    return not value.strip() if isinstance(value, str) else value is None or value in ([], {})
+def _is_absent(value: object, depth: int = 4) -> bool:
+    """Whether there is no text, number or other value in it, in lists and objects of some depth."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, list | dict):
+        inside = value.values() if isinstance(value, dict) else value
+        return not inside or (depth > 0 and all(_is_absent(item, depth - 1) for item in inside))
+    return value is None
 
 
 class _Row:
@@ -191,6 +197,8 @@ class _Row:
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
         turns = []
         for item in listed or ():
+            if _is_absent(item):
+                continue
             if isinstance(item, dict):
                 turn = _Row(item, self._columns)
                 turns += turn._turn(name)

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,6 +174,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 LOCK = ".lock"
+ENDING_SECONDS = 1.0  # a killed process holds its lock until the last of its threads has ended
 # What a file system without locks answers; those of a network often have none.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -188,12 +190,16 @@ def lock(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     new_folders = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    limit = time.monotonic() + ENDING_SECONDS
     while True:
         descriptor = not_through_a_link(str(path), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
+            if time.monotonic() < limit:
+                time.sleep(0.02)
+                continue
             raise UserError(
                 f"another process works in {folder}; wait for it, end it, or name another folder"
             ) from None

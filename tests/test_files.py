@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import secrets
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
     with files.lock(tmp_path):
         assert (tmp_path / files.LOCK).exists()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_process_that_is_ending_is_waited_for(tmp_path):
+    """A killed one holds the lock until its last thread has ended."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    context.Process(target=hold, args=(tmp_path, ready, done), daemon=True).start()
+    assert ready.wait(30)
+    threading.Timer(0.2, done.set).start()
+    with files.lock(tmp_path):
+        assert done.is_set()
 
 
 def test_a_lock_whose_file_its_owner_removes_is_taken_anew(tmp_path, monkeypatch):

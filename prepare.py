@@ -167,7 +167,8 @@ def rejects_file(path: str, source: sources.Source) -> Iterator[TextIO | None]:
             raise UserError(f"--rejects={path} is among the sources; name another file")
     partial = temporary(Path(path), "rejects")
     try:
-        file = open(partial, "x", encoding="utf-8")
+        # What UTF-8 cannot hold, of a role or a file's name, becomes an escape of JSON.
+        file = open(partial, "x", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--rejects={path} cannot be written: {error.strerror}") from None
     try:

@@ -493,6 +493,17 @@ def test_rejects_replace_nothing_but_rejects(tmp_path):
     assert len(old.read_text().splitlines()) == 2
 
 
+def test_rejects_hold_names_that_are_not_unicode(tmp_path):
+    row = b'{"messages": [{"role": "syst\xe8me", "content": "x"}]}\n'
+    write_jsonl(tmp_path / "a.jsonl", QUESTIONS)
+    (tmp_path / "caf\udce9.jsonl").write_bytes(row)
+    rejects = tmp_path / "rejects.jsonl"
+    config = {"source": (str(tmp_path),), "data_dir": str(tmp_path / "data"), "picture": False}
+    prepare.main(prepare.PrepareConfig(**config, rejects=str(rejects)))
+    found = json.loads(rejects.read_text(encoding="utf-8"))
+    assert found["file"] == "caf\udce9.jsonl" and found["reason"] == "unknown role: syst\udce8me"
+
+
 def test_rejects_that_cannot_be_written_are_one_line(tmp_path):
     path = tmp_path / "nowhere" / "rejects.jsonl"
     with pytest.raises(UserError, match=f"--rejects={path} cannot be written: No such file"):

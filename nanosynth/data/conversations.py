@@ -7,6 +7,7 @@ forms that rows come in. No files and no tokens here: a row is what a reader of 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import filterfalse
 
 from nanosynth import UserError
 from nanosynth.tokenizer import TEXT, Turn, is_unicode
@@ -83,6 +84,8 @@ def named_columns(text: str) -> Columns:
 def named(columns: Columns) -> set[str]:
     """The columns of rows that are not among the known ones."""
     uses = columns.keys() - {"role", "content"}
+    if columns["turns"] not in ((), COLUMNS["turns"]):  # the others may stand within them, as pairs
+        uses -= {"user", "input", "assistant"}
     return {name for use in uses for name in columns[use] if name not in COLUMNS[use]}
 
 
@@ -196,9 +199,7 @@ class _Row:
         if not isinstance(listed, list | None):
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
         turns = []
-        for item in listed or ():
-            if _is_absent(item):
-                continue
+        for item in filterfalse(_is_absent, listed or ()):
             if isinstance(item, dict):
                 turn = _Row(item, self._columns)
                 turns += turn._turn(name)
@@ -238,7 +239,7 @@ def _text(name: str, value: object) -> str:
     if not isinstance(value, list):
         raise Reject("not text", f"{name} is {_type(value)}")
     texts = []
-    for part in value:
+    for part in filterfalse(_is_absent, value):
         kind = part.get("type") or TEXT_PARTS[0] if isinstance(part, dict) else ""
         if kind and kind not in TEXT_PARTS:
             raise Reject("content is not text", f"type {kind}")

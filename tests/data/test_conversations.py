@@ -11,7 +11,7 @@ GPT = {"from": "gpt", "value": "Yo"}
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 PAIR = [("user", "Hi"), ("assistant", "Yo")]
 SYSTEM = ("system", "S")
-PARTS = [{"type": "text", "text": "H"}, {"text": "i"}]
+PARTS = [{"type": "text", "text": "H"}, None, {"text": "i"}]
 
 
 def row(*turns: object) -> dict:
@@ -189,6 +189,9 @@ def test_columns_as_the_user_names_them():
     found = {"output": "b", "response": "Yo", "prompt": "Hi"}
     columns = conversations.named_columns("assistant=response")
     assert conversations.conversation(found, columns) == PAIR
+    columns = conversations.named_columns("turns=talk,user=ask,assistant=say")
+    assert conversations.conversation({"talk": [{"ask": "Hi", "say": "Yo"}]}, columns) == PAIR
+    assert conversations.named(columns) == {"talk"}
     columns = conversations.named_columns("user=ask,user=query,assistant=say")
     for ask in ({"ask": "Hi", "query": "x"}, {"query": "Hi"}):
         assert conversations.conversation({**ask, "say": "Yo"}, columns) == PAIR

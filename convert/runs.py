@@ -88,7 +88,7 @@ def is_plain(value: object) -> bool:
 
 def check_shape(shape: dict, place: Path, names: dict[str, str] | None = None) -> None:
     """Refuse a `shape` that no GPT-2 has; `names` are those that `place` has for some of ours."""
-    sizes = [shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size")]
+    sizes = [shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")]
     if (
         not all(type(size) is int and 1 <= size < 2**31 for size in sizes)
         or shape["n_embd"] % shape["n_head"]

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from convert import hf, hf_tokenizer, runs
 from convert.hf import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS
@@ -279,6 +280,17 @@ REFUSED = {
     "words alone": (
         lambda f: save_changed_tokenizer(f, pre_tokenizer={"type": "Whitespace"}),
         "tokenizer.json takes texts apart otherwise",
+    ),
+    "a space before each text": (
+        lambda f: save_changed_tokenizer(
+            f, pre_tokenizer=json.loads(ByteLevel(add_prefix_space=True).__getstate__())
+        ),
+        "tokenizer.json takes texts apart otherwise",
+    ),
+    "a space before each text, slow": (
+        lambda f: [save_slow_tokenizer(f),
+                   (f / "tokenizer_config.json").write_text('{"add_prefix_space": true}')],
+        "vocab.json takes texts apart otherwise",
     ),
     "added tokens in a list": (
         lambda f: [save_tokenizer(f),

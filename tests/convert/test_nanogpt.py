@@ -198,7 +198,8 @@ def test_what_is_no_checkpoint_of_gpt2_is_refused(tmp_path):
     assert f"has {HEAD} apart from {WTE}" in refused()
     torch.save(changed(more=torch.zeros(1)), path)
     assert 'not the tensors of its model_args: Unexpected key(s) in state_dict: "more"' in refused()
-    for name, value in [("n_layer", "2"), ("n_head", 3), ("n_head", 0), ("dropout", 1.0)]:
+    wrong = [("n_layer", "2"), ("n_head", 3), ("n_head", 0), ("dropout", 1.0)]
+    for name, value in [*wrong, ("vocab_size", 50304.0)]:
         torch.save(content | {"model_args": content["model_args"] | {name: value}}, path)
         assert f"{name}={value!r}" in (said := refused()) and "wanted sizes of 1 or more" in said
     torch.save(content | {"model_args": content["model_args"] | {"n_layer": 10**9}}, path)

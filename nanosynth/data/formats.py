@@ -146,7 +146,7 @@ def _unwrapped(found: Iterator[object], part: Part) -> Iterator[object]:
     if len(lists) > 1:
         part.has_splits = True
         if split not in lists:
-            names = ", ".join(lists)
+            names = ", ".join([*lists][:20])
             raise UserError(f"{part.path} has several lists of rows ({names}); name one by --split")
         lists = {split: lists[split]}
     yield from next(iter(lists.values()), itertools.chain(first, found))
@@ -170,7 +170,8 @@ def _lists_of_rows(value: object, reading: Reading) -> Iterator[tuple[str, list]
         if isinstance(first, dict):
             found.append((name, inside))
         else:
-            found += _lists_of_rows(inside, reading)
+            deeper = _lists_of_rows(inside, reading)
+            found += [(f"{name}.{key}".rstrip("."), rows) for key, rows in deeper]
     # Beside the rows may stand what tells of them: features, licences.
     yield from [(name, rows) for name, rows in found if reading.may_be_row(rows[0])] or found
 

@@ -75,6 +75,14 @@ def test_an_object_of_several_lists_is_refused_until_one_is_named(tmp_path):
     with pytest.raises(UserError, match=r"several lists of rows \(train, test\); .* --split"):
         rows_of(path)
     assert rows_of(path, split="test") == ROWS[:1]
+    for nested, names in (
+        ({"rows": ROWS}, "train.rows, test.rows"),
+        ({"1": ROWS[0]}, "train, test"),
+    ):
+        path = write(tmp_path / "nested.json", json.dumps({"train": nested, "test": nested}))
+        with pytest.raises(UserError, match=rf"several lists of rows \({names}\)"):
+            rows_of(path)
+        assert rows_of(path, split=names.split(", ")[1]) in (ROWS, ROWS[:1])
 
 
 def test_a_first_line_that_is_broken_costs_no_other(tmp_path):

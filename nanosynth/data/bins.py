@@ -349,7 +349,8 @@ class Split:
         _check_whole(path.parent, {path.name: entry})
         try:
             names = self.meta["label_names"]
-            numbers = np.fromfile(path, dtype="<u2").reshape(-1, len(names))
+            n_documents = np.count_nonzero(self.ids(0, self.n_tokens) == END_OF_TEXT)
+            numbers = np.fromfile(path, dtype="<u2").reshape(n_documents, len(names))
             if (numbers.max(axis=0, initial=0) >= list(map(len, names.values()))).any():
                 raise ValueError("it has other numbers")
         except (KeyError, ValueError) as error:

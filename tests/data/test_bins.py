@@ -189,6 +189,10 @@ def test_documents_know_their_source_in_the_bins_order(tmp_path):
     assert found["source"][0] == names["source"] and found["category"][0] == names["category"]
     assert found["source"][1].tolist() == [first // 4 for first in first_ids]
     assert found["category"][1].tolist() == [first // 4 % 3 for first in first_ids]
+    for uses in (1, 3):  # of label_names edited by hand
+        split.meta["label_names"] = {str(use): [f"s{n}" for n in range(10)] for use in range(uses)}
+        with pytest.raises(UserError, match="train_sources.bin and label_names differ"):
+            split.labels()
     damage(str(tmp_path), "train_sources.bin", 0, b"\7")
     with pytest.raises(UserError, match="train_sources.bin has changed"):
         split.labels()

@@ -39,6 +39,7 @@ OURS = {  # the files that tell what nanosynth wrote into a folder
 }
 REJECT_KEYS = ("file", "row", "reason", "text")
 SPLITS_FILE = "dataset_dict.json"  # of datasets' save_to_disk, where it saved several
+SAVED_FILES = ("dataset_info.json", "state.json")  # of one, beside its Arrow files
 
 
 @dataclass
@@ -156,8 +157,8 @@ def _files(
         inside = [path for path in inside if path.name not in ours] if found[0] == "bins" else []
     elif (folder / SPLITS_FILE).is_file():
         inside = [_saved_split(folder, reading.split)]
-    elif (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-        inside = [path for path in inside if path.suffix == ".arrow"]
+    elif names.issuperset(SAVED_FILES):
+        inside = [path for path in inside if path.name not in SAVED_FILES]
     for path in inside:
         if path.name.startswith("."):
             left_out["hidden"] += 1

@@ -203,6 +203,8 @@ def test_arrow_files_and_what_datasets_saves(tmp_path):
     saved.save_to_disk(str(tmp_path / "one"))
     source = sources.open_sources([str(tmp_path / "one")])
     assert list(source.rows()) == ROWS and source.unread == {"url": 5}
+    write_jsonl(tmp_path / "one" / "more.jsonl", ROWS[:1])  # the user's, beside the data set
+    assert rows_of(tmp_path / "one") == [*ROWS, ROWS[0]]
     several = datasets.DatasetDict({"train": saved, "test": saved.select([1])})
     several.save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == ROWS

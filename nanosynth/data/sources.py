@@ -252,7 +252,7 @@ def _articles(lines: Iterator[dict]) -> Iterator[PlainText]:
     """wikitext's rows are lines: an article goes from one title, ' = Title = ', to the next."""
     article = ""
     for row in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row["text"]) and article.strip():
+        if re.fullmatch(r" = [^=](.*[^=])? = \n?", row["text"]) and article.strip():
             yield PlainText(article)
             article = ""
         article += row["text"]

@@ -293,7 +293,7 @@ def hub(monkeypatch):
         asked.append((name, config, how["split"], how["revision"]))
         if how["split"] == "none":
             raise ValueError("Bad split: none. Available splits: ['train_sft']")
-        lines = ["", " = One = \n", "", " = = Part = = \n", "a\n", " = Two = \n", "b\n"]
+        lines = ["", " = One = \n", "", " = = Part = = \n", "a\n", " = B = \n", "b\n"]
         return Table({"text": line} for line in lines)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -312,7 +312,7 @@ def test_hub_sets_have_a_config_and_a_split(hub):
 
 def test_wikitext_comes_as_articles_and_fineweb_as_its_sample(hub):
     found = list(sources.open_sources(["Salesforce/wikitext"]).rows())
-    assert found == [" = One = \n = = Part = = \na\n", " = Two = \nb\n"]
+    assert found == [" = One = \n = = Part = = \na\n", " = B = \nb\n"]
     sources.open_sources(["HuggingFaceFW/fineweb"])
     configs = [config for _, config, _, _ in hub]
     assert configs == ["wikitext-103-raw-v1", "sample-10BT"]

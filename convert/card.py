@@ -100,8 +100,7 @@ def _figures(path: Path) -> str:
         for judged in report["criteria"]:
             interval = " to ".join(f"{end:.4g}" for end in judged["interval"] or ())
             figure = "-" if judged["figure"] is None else f"{judged['figure']:.4g}"
-            rows.append(
-                [judged["criterion"], judged["threshold"], figure, interval, judged["verdict"]]
-            )
-        how = [f"- {name}: {text}" for name, text in report["how"].items()]
+            cells = [judged["criterion"], judged["threshold"], figure, interval, judged["verdict"]]
+            rows.append(list(map(one_line, cells)))
+        how = [one_line(f"- {name}: {text}") for name, text in report["how"].items()]
         return "\n".join([table(rows, left=(0, 1, 4), markdown=True), "", *how])

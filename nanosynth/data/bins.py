@@ -207,7 +207,7 @@ def read_meta(data_dir: str) -> dict:
     except OSError as error:
         said = f"no prepared data in {data_dir!r}: {error}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = f"{path} is not a bin description ({error!r})"
+        said = f"{path} is not a bin description ({type(error).__name__}: {error})"
     raise UserError(f"{said}; run: python prepare.py --source=... --data_dir={data_dir}")
 
 

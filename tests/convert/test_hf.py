@@ -338,6 +338,11 @@ def test_the_card_says_what_the_runs_folder_knows(tiny_bins, tmp_path):
     assert card.startswith("---\n") and "\nlicense: mit\n---\n" in card
     assert "| stability" in card and "NOT MEASURED" in card
     assert (to / "LICENSE").read_text() == licence.read_text()
+    report = json.loads((run_dir / "report.json").read_text())
+    report["criteria"][0]["verdict"] = report["how"]["x"] = "\x1b[31mred\n\n# yes"
+    (run_dir / "report.json").write_text(json.dumps(report))
+    card = (convert(run=run_dir, to=tmp_path / "edited") / "README.md").read_text()
+    assert "\x1b" not in card and "\n# yes" not in card
     (run_dir / "report.json").write_text("[]")
     with pytest.raises(UserError, match="report.json is no report"):
         convert(run=run_dir, to=tmp_path / "torn")

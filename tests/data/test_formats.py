@@ -2,6 +2,7 @@ import bz2
 import datetime
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -205,13 +206,15 @@ def test_arrow_files_and_what_datasets_saves(tmp_path):
     assert list(source.rows()) == ROWS and source.unread == {"url": 5}
     write_jsonl(tmp_path / "one" / "more.jsonl", ROWS[:1])  # the user's, beside the data set
     assert rows_of(tmp_path / "one") == [*ROWS, ROWS[0]]
+    shutil.copy(next(tmp_path.glob("one/data*.arrow")), tmp_path / "one" / "cache-1f0c.arrow")
+    assert rows_of(tmp_path / "one") == [*ROWS, ROWS[0]]  # what `map` left there is no second copy
     several = datasets.DatasetDict({"train": saved, "test": saved.select([1])})
     several.save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == ROWS
     assert rows_of(tmp_path / "two", split="test") == ROWS[1:2]
     with pytest.raises(UserError, match="has the splits train, test; name one by --split"):
         rows_of(tmp_path / "two", split="val")
-    [stream] = (tmp_path / "one").glob("*.arrow")
+    [stream] = (tmp_path / "one").glob("data*.arrow")
     assert rows_of(stream.rename(tmp_path / "stream.jsonl")) == ROWS
     for broken in ("{}", "", '{"splits": [1]}'):
         write(tmp_path / "two" / "dataset_dict.json", broken)

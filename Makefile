@@ -1,6 +1,6 @@
 # make demo: train, evaluate, judge and sample a small model on bundled data.  make test: the tests.
 # make browser: report.html in a Chromium, installed where there is none (as root, by apt-get).
-# make faults: the fault campaign, which writes benchmarks/FAULTS.md; three quarters of an hour on 2 cores.
+# make faults: the fault campaign, which writes benchmarks/FAULTS.md; 35 minutes on 2 cores.
 # make clients: a small model in other programs, each in an environment of its own (5 GB); writes
 #   benchmarks/CLIENTS.md. RUN_DIR=out/500m takes another run.
 # make bench NANOGPT=path/of/a/nanoGPT/checkout: our speed beside others' on this CPU.

@@ -12,6 +12,7 @@ rows_per_step = 32  # on any number of GPUs: 65,536 tokens a step
 
 optimizer = "muon"  # see config/500m_fast.py
 learning_rate = 1.6e-3  # as there, by one over the root of the width
+embedding_learning_rate = 6.4e-3
 min_learning_rate = 1.6e-4  # a tenth: going down to zero did not pay
 warmup_steps = 300  # a twentieth of the run, where 1,000 would be a sixth
 beta1 = 0.8

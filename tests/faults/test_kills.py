@@ -75,10 +75,10 @@ def test_chain_of_kills(work, fault_bins, alone, tally):
         else:  # the machine is faster than it was when the two runs were timed
             longest *= 0.8
         run.remove()
-        if row.trials == row.wanted:
+        if row.trials >= row.wanted and row.landed.get("before the first step"):
             break
-    assert row.trials == row.wanted, "too few runs were still going at the tenth kill"
-    assert row.wanted < 50 or row.landed.get("before the first step"), "no kill hit a resume"
+    assert row.trials >= row.wanted, "too few runs were still going at the tenth kill"
+    assert row.landed.get("before the first step"), "no kill hit a resume"
     row.check()
 
 

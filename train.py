@@ -248,7 +248,7 @@ def train(
     reference to a group must not be DDP's, whose end waits for gloo's threads with the GIL held.
     """
     stop = distributed.StopSignal()
-    with world.own_folder(Path(config.out_dir)):
+    with world.own_folder(Path(config.out_dir)):  # two runs in one would delete each other's saves
         run = build(config, world, splits)
         # An error's last lines come after the log's.
         with contextlib.closing(open_log(run, started)) as log:
@@ -288,7 +288,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: ThreadPoolE
         save_due = is_new and (step % config.save_interval == 0 or is_last or is_owed)
         if eval_due or save_due:
             check_steps(run, log.flush(run.max_steps - step))
-            check_weights(run, step)
+            check_weights(run, step)  # what is ruined is neither measured nor saved as good
             val_loss = None
             if eval_due:
                 started = time.perf_counter()
@@ -311,6 +311,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: ThreadPoolE
 
         take_step(run, step, log)
         if (step + 1) % config.log_interval == 0:
+            # Here alone the host waits for the GPU; between, it queues steps ahead of it.
             check_steps(run, log.flush(run.max_steps - step - 1))
 
 
@@ -325,10 +326,10 @@ def take_step(run: Run, step: int, log: RunLog) -> None:
         min_learning_rate=config.min_learning_rate,
         decay=config.decay,
     )
-    optim.set_learning_rate(run.optimizer, learning_rate)
+    optim.set_learning_rate(run.optimizer, learning_rate)  # of each group, its share of it
     # Counted from the mask before anything is computed, so that each micro-batch's loss can be
     # divided by the whole step's targets at once.
-    rows = run.order.step(step)
+    rows = run.order.step(step)  # by arithmetic: no loader whose state a resume would need
     n_targets = bins.count_targets(run.train_split, rows, config.block_size, config.loss_on)
     n_targets = max(1, n_targets)  # a step may hold no assistant token at all
     stats = train_step(run, micro_batches(run, step), n_targets)
@@ -339,6 +340,7 @@ def take_step(run: Run, step: int, log: RunLog) -> None:
         "tokens": (step + 1) * run.tokens_per_step,
         "rows": rows,
     }
+    # Of the model, not of the program: what is computed twice (checkpointing) counts once.
     flops = run.raw_model.flops(run.tokens_per_step, n_targets)
     log.train(facts, stats, n_tokens=run.tokens_per_step, flops=flops)
 
@@ -362,6 +364,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
         with contextlib.ExitStack() as contexts:
             if world.size > 1 and micro_step < n_micro_steps - 1:
                 contexts.enter_context(run.model.no_sync())
+            # Products in half precision; weights, norms and the loss in float32.
             with autocast(world.device, run.dtype):
                 loss_sum = run.model(*batch.to(world.device)).sum()  # (N,) -> ()
             # The step's loss is a sum over all micro-batches and ranks, divided by all their
@@ -376,6 +379,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     scaler.unscale_(run.optimizer)
     # DDP has made the gradients the same on all ranks, so their norm is too: not finite on one rank
     # is not finite on all.
+    # All gradients as one vector (Pascanu et al. 2013): its direction stays, its length is cut.
     grad_norm = optim.clip_gradients(run.model.parameters(), config.grad_clip)
     accepted = run.guard.accepts(loss) & grad_norm.isfinite()  # alike on all ranks
     run.guard.note(loss, accepted)
@@ -384,7 +388,7 @@ def train_step(run: Run, batches: Iterable[tuple[int, bins.Batch]], n_targets: i
     # overflow, takes the same path. unscale_ has told the scaler of an overflow already.
     run.optimizer.found_inf = (~accepted).float()
     run.optimizer.step()
-    scaler.update()
+    scaler.update()  # half the scale after an overflow, twice after SCALE_GROWTH_STEPS without
     run.optimizer.zero_grad(set_to_none=True)  # freed, not filled: the next backward writes anew
     return torch.stack([loss, grad_norm, loss_scale, run.guard.n_skipped])
 
@@ -404,7 +408,7 @@ def evaluate(run: Run, n_rows: int) -> float:
     """
     config, world, size = run.config, run.world, run.order.micro_batch_size
     # The bare model: DDP would gather buffers and expects a backward pass.
-    run.raw_model.eval()
+    run.raw_model.eval()  # no dropout
     # float64, and one division at the end: a mean of batch means would depend on their sizes.
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss sum, targets
     # Batches are dealt out to the ranks in turn; the sums are the same for any number of them.
@@ -444,9 +448,9 @@ def save(
         return saver.submit(bool, True)
     state = {
         "optimizer": optimizer,
-        "scaler": run.scaler.state_dict(),
-        "guard": run.guard.state_dict(),
-        "metrics_bytes": log.file.size(),
+        "scaler": run.scaler.state_dict(),  # a scale found anew would cost overflows
+        "guard": run.guard.state_dict(),  # the last losses, which the next is judged by
+        "metrics_bytes": log.file.size(),  # a resume cuts off what lies behind
     }
     meta = {
         "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
@@ -637,7 +641,7 @@ def build(
         dtype=dtype,
         identity=identity(config, train_split),
     )
-    restore(run)
+    restore(run)  # before DDP wraps the model, and sends what was loaded
     if is_compiled(config, world.device):
         # Block by block already; DDP's own cuts, by its buckets' 25 MB, would make more graphs.
         torch._dynamo.config.optimize_ddp = False

@@ -198,14 +198,19 @@ class _Row:
         """The turns of a list; none where no column has one."""
         if not isinstance(listed, list | None):
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
-        turns = []
-        for item in filterfalse(_is_absent, listed or ()):
+        items, turns = [*filterfalse(_is_absent, listed or ())], []
+        # A list of two is a pair, unless the first two of them begin with roles: ["user", "Hi"].
+        begin = [ROLES.get(_role(item[0])) for item in items[:2] if isinstance(item, list)]
+        are_turns = len(begin) == 2 and all(begin) and begin[0] != "assistant"
+        for item in items:
             if isinstance(item, dict):
                 turn = _Row(item, self._columns)
                 turns += turn._turn(name)
                 if len(turn._taken) < len(item):
                     left = item.keys() - turn._taken
                     self._unused |= {f"{name}.{key}" for key in left if _holds_text(item[key])}
+            elif isinstance(item, list) and len(item) == 2 and are_turns:
+                turns += [(_known_role(item[0]), _text(name, item[1]))]
             elif isinstance(item, list) and len(item) == 2:
                 turns += [("user", _text(name, item[0])), ("assistant", _text(name, item[1]))]
             else:
@@ -221,11 +226,18 @@ class _Row:
             if pair := self.pair():
                 return pair
             raise Reject("turn without a role")
-        known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-        if not known:
-            raise Reject("unknown role", role if isinstance(role, str) else _type(role))
         key, content = self._take("content")
-        return [(known, _text(f"{name}.{key}", content))]
+        return [(_known_role(role), _text(f"{name}.{key}", content))]
+
+
+def _role(value: object) -> str:
+    return value.strip().lower() if isinstance(value, str) else ""
+
+
+def _known_role(role: object) -> str:
+    if known := ROLES.get(_role(role)):
+        return known
+    raise Reject("unknown role", role if isinstance(role, str) else _type(role))
 
 
 def _type(value: object) -> str:

@@ -11,7 +11,7 @@ block_size = 92  # two conversations, each of 46 tokens: none is cut in two by a
 
 micro_batch_size = 30
 rows_per_step = 30
-max_steps = 720  # about 1.9 epochs
+max_steps = 600  # about 1.6 epochs
 
 optimizer = "muon"
 learning_rate = 1.5e-2
@@ -19,6 +19,7 @@ embedding_learning_rate = 3e-2  # a token is met in few steps only, and must lea
 min_learning_rate = 0.0
 decay = "linear"
 warmup_steps = 25
+weight_decay = 0.1  # by 0.01 the held-out loss ends 9 to 22% higher (two seeds)
 beta2 = 0.98  # the batches are small, so the second moment averages over more of them
 
 loss_on = "assistant"  # the prompts are random draws: there is nothing to learn in them

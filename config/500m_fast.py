@@ -11,8 +11,8 @@ block_size = 2048
 rows_per_step = 32  # on any number of GPUs: 65,536 tokens a step
 
 optimizer = "muon"
-# A bet. docs/speed.md's rule leads from 1,000 steps of 2,048 tokens to 1.6e-3 (64 channels) and
-# 1.9e-3 (96), from 250 steps to 4e-3, and from a published run of 124M parameters to 1.1e-3.
+# A bet. docs/speed.md's rule leads from 1,000 steps of 2,048 tokens to 1.6e-3, 1.9e-3 and 2.2e-3
+# (64, 96 and 128 channels), and from a published run of 124M parameters to 1.1e-3.
 learning_rate = 2e-3
 embedding_learning_rate = 8e-3  # four times that, as over 1,000 steps; over 250 one rate was best
 min_learning_rate = 2e-4  # a tenth: going down to zero did not pay

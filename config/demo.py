@@ -1,4 +1,4 @@
-# A small model for the conversations of data/make_sample.py: a minute and a half on 2 CPU cores.
+# A small model for the conversations of data/make_sample.py: a minute on 2 CPU cores.
 data_dir = "data/demo"
 out_dir = "out/demo"
 

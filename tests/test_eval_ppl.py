@@ -209,6 +209,7 @@ def test_loss_by_position_agrees_with_the_windows(stride):
     assert sum(part["tokens"] for part in half) == 5
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_diverged_model_has_a_loss_and_no_perplexity(tmp_path):
     ids = np.array([1, 2, tokenizer.END_OF_TEXT, 3, 4, tokenizer.END_OF_TEXT])
     for loss in (1000.0, math.nan):

@@ -2,8 +2,8 @@
 data_dir = "data/demo"
 out_dir = "out/demo"
 
-# Nearly all of the 3.3M parameters are the embedding's, and half of the time goes into its product
-# with the tokens of the answers: in one minute 64 channels learn more than 128.
+# Nearly all of the 3.3M parameters are the embedding's, and two fifths of the time go into its
+# product with the tokens of the answers. At 64 channels a token costs half of what it does at 128.
 n_layer = 2
 n_head = 2
 n_embd = 64
@@ -19,7 +19,7 @@ embedding_learning_rate = 3e-2  # a token is met in few steps only, and must lea
 min_learning_rate = 0.0
 decay = "linear"
 warmup_steps = 25
-weight_decay = 0.1  # by 0.01 the held-out loss ends 9 to 22% higher (two seeds)
+weight_decay = 0.1  # ahead of 0.01 by two seeds, if by no more than seeds differ
 beta2 = 0.98  # the batches are small, so the second moment averages over more of them
 
 loss_on = "assistant"  # the prompts are random draws: there is nothing to learn in them

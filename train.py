@@ -311,7 +311,7 @@ def loop(run: Run, log: RunLog, stop: distributed.StopSignal, saver: ThreadPoolE
 
         take_step(run, step, log)
         if (step + 1) % config.log_interval == 0:
-            # Here alone the host waits for the GPU; between, it queues steps ahead of it.
+            # Reads figures, so it waits for the GPU; between, the host queues steps ahead of it.
             check_steps(run, log.flush(run.max_steps - step - 1))
 
 

@@ -91,6 +91,11 @@ class RecipeConfig(settings.Settings):
     )
     report: bool = setting(False, "make no runs; write tables and pictures of those there are")
 
+    @property
+    def stem(self) -> str:
+        """Of the reports' names: losses of two vocabularies don't compare."""
+        return "recipe" if self.vocabulary else "recipe_whole"
+
     def check(self) -> None:
         for flag, known in (("contender", tuple(START)), ("knob", (*KNOBS, "none"))):
             if unknown := set(getattr(self, flag)) - set(known):
@@ -288,7 +293,9 @@ def costs(runs: list[dict], best: dict, knob: str) -> str:
 
 
 def report(config: RecipeConfig, runs: list[dict]) -> str:
-    """Every size and length in Markdown, its picture beside it: OUT_DIR/recipe_SIZE_STEPS.png."""
+    """Every size and length in Markdown, its picture beside it: OUT_DIR/recipe_SIZE_STEPS.png, or
+    recipe_whole_SIZE_STEPS.png of the whole vocabulary.
+    """
     head = ["layers x channels", "steps", "adamw's end", "muon's end", "muon there after"]
     rows, tables = [head], []
     for size, steps in itertools.product(SIZES, sorted({run["cell"]["steps"] for run in runs})):
@@ -309,8 +316,9 @@ def report(config: RecipeConfig, runs: list[dict]) -> str:
             [knob, *(costs(here, made[0]["cell"], knob) for made in best.values())]
             for knob in KNOBS
         ]
-        tables += [f"{shape}, {steps:,} steps:", table([["knob", *best], *knobs], markdown=True)]
-        draw(best, f"{shape}, {steps:,} steps", Path(config.out_dir, f"recipe_{size}_{steps}.png"))
+        title, picture = f"{shape}, {steps:,} steps", f"{config.stem}_{size}_{steps}.png"
+        tables += [f"{title}:", table([["knob", *best], *knobs], markdown=True)]
+        draw(best, title, Path(config.out_dir, picture))
     return "\n\n".join([table(rows, markdown=True), *tables]) if tables else "no ends yet"
 
 
@@ -350,7 +358,7 @@ def main(config: RecipeConfig) -> None:
     here = [run for run in runs.read() if run["cell"]["vocabulary"] == config.vocabulary]
     text = report(config, here)
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    Path(config.out_dir, "recipe.md").write_text(text + "\n")
+    Path(config.out_dir, f"{config.stem}.md").write_text(text + "\n")
     print(text)
 
 

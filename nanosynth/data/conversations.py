@@ -200,7 +200,7 @@ class _Row:
             raise Reject("not a list of turns", f"{name} is {_type(listed)}")
         items, turns = [*filterfalse(_is_absent, listed or ())], []
         # A list of two is a pair, unless the first two of them begin with roles: ["user", "Hi"].
-        begin = [ROLES.get(_role(item[0])) for item in items[:2] if isinstance(item, list)]
+        begin = [_role_of(item[0]) for item in items[:2] if isinstance(item, list)]
         are_turns = len(begin) == 2 and all(begin) and begin[0] != "assistant"
         for item in items:
             if isinstance(item, dict):
@@ -230,14 +230,15 @@ class _Row:
         return [(_known_role(role), _text(f"{name}.{key}", content))]
 
 
-def _role(value: object) -> str:
-    return value.strip().lower() if isinstance(value, str) else ""
+def _role_of(name: object) -> str:
+    """The role that goes by this name; '' where none does."""
+    return ROLES.get(name.strip().lower(), "") if isinstance(name, str) else ""
 
 
-def _known_role(role: object) -> str:
-    if known := ROLES.get(_role(role)):
-        return known
-    raise Reject("unknown role", role if isinstance(role, str) else _type(role))
+def _known_role(name: object) -> str:
+    if role := _role_of(name):
+        return role
+    raise Reject("unknown role", name if isinstance(name, str) else _type(name))
 
 
 def _type(value: object) -> str:
